@@ -1,0 +1,56 @@
+"""One device's part in one round, from its history to the encoded update that leaves it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.local_update import compute_update
+from common.offer import Offer
+from common.privacy.encoding import encode
+from common.trajectory import Trajectories
+
+
+@dataclass(frozen=True)
+class Participation:
+    """What a device did in a round.
+
+    Attributes:
+        residues: (2^m,) uint32 in [0, 2^bits): the clipped, rotated, rounded and noised update. All that may leave.
+        local_user: (w,) the adapted user embedding, which stays; to be stored before the upload.
+    """
+
+    residues: np.ndarray
+    local_user: Tensor
+
+
+def participate(offer: Offer, roster: int, device: int, window: Trajectories, user: Tensor) -> Participation:
+    """Compute and encode one device's update.
+
+    Args:
+        roster: n, the realised size of the round's roster, from which the device's share of the noise follows.
+        device: the device's number, which labels its reproducible randomness.
+        window: its own window, a batch of one.
+        user: (w,) its user embedding.
+
+    One torch thread, so that the numbers do not depend on the machine's cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        update = compute_update(
+            offer.settings, offer.parameters, window, user.unsqueeze(0), offer.negatives, offer.warm
+        )
+        vector = update.gradients.weighted_sum(torch.ones(1)).numpy()
+    finally:
+        torch.set_num_threads(threads)
+    residues = encode(
+        vector,
+        offer.encoding,
+        roster,
+        offer.signs,
+        offer.stream("rounding", device),
+        offer.stream("noise", device),
+    )
+    return Participation(residues, update.local_users[0])

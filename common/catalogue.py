@@ -1,0 +1,21 @@
+"""The catalogue: which items there are, most frequent first. A public input of a run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items by index. Index 0 is the most frequent one, which the log-uniform sampler relies on.
+
+    Attributes:
+        ids: (A,) strings, the items' names in the source, unique.
+        titles: (A,) strings for people; the id again where the source has no title.
+    """
+
+    ids: np.ndarray
+    titles: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)

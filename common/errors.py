@@ -1,0 +1,57 @@
+"""The exception tree.
+
+::
+
+    FedtopkError                everything a user can cause or must be told; the CLI prints it as one line
+    ├── SettingsError           an unknown key, a value out of range, settings that contradict each other
+    ├── DataError               a file or history that cannot be used as interactions
+    ├── ModelError              weights or states that do not fit the model
+    ├── PrivacyError            a guarantee that cannot be given
+    │   └── BudgetExceeded      the next release would spend more than the budget
+    ├── AggregationError        a round whose sum could not be formed; nothing was released
+    ├── RunError                a run folder that cannot be written, read or resumed
+    │   └── CheckpointError     a checkpoint that is truncated, foreign or of another version
+    └── MissingDependency       an optional package that the command needs
+
+Messages name the value and what was expected: ``Expected privacy.clip_norm=-1 > 0.``
+"""
+
+
+class FedtopkError(Exception):
+    """Base of every error that is the user's to mend; its message is one complete line."""
+
+
+class SettingsError(FedtopkError):
+    """A setting is unknown, out of range or at odds with another one."""
+
+
+class DataError(FedtopkError):
+    """A file or a history cannot be used as logged interactions."""
+
+
+class ModelError(FedtopkError):
+    """Weights or states do not fit the model they are meant for."""
+
+
+class PrivacyError(FedtopkError):
+    """A privacy guarantee cannot be given with these values."""
+
+
+class BudgetExceeded(PrivacyError):
+    """The next release would spend more than the budget; nothing was released."""
+
+
+class AggregationError(FedtopkError):
+    """A cohort's sum could not be formed; nothing was released."""
+
+
+class RunError(FedtopkError):
+    """A run folder cannot be written, read or resumed."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint is truncated, damaged, foreign or of another version."""
+
+
+class MissingDependency(FedtopkError):
+    """An optional package is needed for what was asked."""

@@ -1,0 +1,180 @@
+"""The recommender: item table, recurrent cell, user embedding, policy π and behaviour β.
+
+Everything here is a pure function of ``parameters``, the *shared* part of the model by name, and of what one device
+holds. Shapes: B users, T steps, A items, m input width, n state width, w user width.
+
+======================  =============  ==============================================================
+parameter               shape          use
+======================  =============  ==============================================================
+``items.embedding``     (A, m)         input embedding u_a
+``cell.gates``          (2n, m+2+n)    the two gates, on [u_a, reward/5, 1, state]
+``cell.candidate``      (n, m+1)       CFN: the candidate, on [u_a, reward/5]
+..                      (n, m+2+n)     GRU: the candidate, on [u_a, reward/5, 1, reset ⊙ state]
+``user.projection``     (n, w)         takes the user embedding into the state
+``policy.embedding``    (A, n+1)       v_a of π, on [state, 1]: its last column is a bias
+``behaviour.embedding``  (A, n+1)      the same for β; absent unless the estimator needs β
+======================  =============  ==============================================================
+
+The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
+moves does not have to replay its history, and one new interaction advances the state in O(1).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import ModelError
+from common.ghost import Dense, Lookup, Tape
+from common.settings import Estimator, ModelSettings
+from common.trajectory import HIGHEST_REWARD
+
+Parameters = dict[str, Tensor]
+Group = Literal["items", "cell", "policy", "behaviour"]
+
+CORRECTED: frozenset[Estimator] = frozenset({"off-policy", "top-k"})
+"""Estimators that divide by β and therefore share a behaviour model."""
+
+
+def shapes(model: ModelSettings, items: int, estimator: Estimator) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the shared parameters, in the order of the flat vector."""
+    n, x = model.state_width, model.input_width + 1
+    heads = ["policy.embedding"] + ["behaviour.embedding"] * (estimator in CORRECTED)
+    return {
+        "items.embedding": (items, model.input_width),
+        "cell.gates": (2 * n, x + 1 + n),
+        "cell.candidate": (n, x) if model.cell == "cfn" else (n, x + 1 + n),
+        "user.projection": (n, model.user_width),
+    } | {head: (items, n + 1) for head in heads}
+
+
+def group_of(name: str) -> Group:
+    """The public group whose `privacy.group_scale` applies to a parameter."""
+    prefix = name.split(".")[0]
+    return "cell" if prefix == "user" else prefix  # type: ignore[return-value]
+
+
+def initialise(model: ModelSettings, items: int, estimator: Estimator, generator: torch.Generator) -> Parameters:
+    """Draw the initial parameters: fan-in scaled normals, biases 0 but for gates that start open.
+
+    The policy's and β's item embeddings start small, so that both start near the uniform distribution.
+    """
+    parameters = {}
+    for name, shape in shapes(model, items, estimator).items():
+        weight = torch.randn(shape, generator=generator)
+        if name.startswith(("cell", "user")):
+            weight *= shape[1] ** -0.5
+        elif name.startswith("items"):
+            weight *= 0.3
+        else:
+            weight *= 0.05
+            weight[:, -1] = 0
+        if name == "cell.gates":
+            weight[:, model.input_width + 1] = 1
+        parameters[name] = weight
+    return parameters
+
+
+def check_parameters(parameters: Parameters, expected: dict[str, tuple[int, int]]) -> None:
+    """Raise :class:`ModelError` unless names, shapes and finiteness are as expected."""
+    if list(parameters) != list(expected):
+        raise ModelError(f"Expected the parameters {list(expected)}, found {list(parameters)}.")
+    for name, shape in expected.items():
+        if tuple(parameters[name].shape) != shape:
+            raise ModelError(f"Expected {name} of shape {shape}, found {tuple(parameters[name].shape)}.")
+        if not bool(torch.isfinite(parameters[name]).all()):
+            raise ModelError(f"Expected finite numbers in {name}.")
+
+
+def flatten(parameters: Parameters) -> Tensor:
+    """(d,) all parameters as one vector, in their order."""
+    return torch.cat([value.reshape(-1) for value in parameters.values()])
+
+
+def unflatten(vector: Tensor, expected: dict[str, tuple[int, int]]) -> Parameters:
+    """The inverse of :func:`flatten`."""
+    parts = vector.split([rows * columns for rows, columns in expected.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(expected.items(), parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A recurrent cell, run over whole trajectories or one interaction at a time."""
+
+    model: ModelSettings
+
+    def run(
+        self, parameters: Parameters, items: Tensor, rewards: Tensor, tape: Tape, start: Tensor | None = None
+    ) -> Tensor:
+        """States before each step and after the last one, (B, T+1, n).
+
+        Args:
+            items: (B, T) catalogue indices.
+            rewards: (B, T) in [-5, 5].
+            start: (B, n) state to go on from; zeros at the beginning of a history.
+        """
+        embedded = tape.watch(parameters["items.embedding"][items])
+        tape.uses.append(Lookup("items.embedding", items, embedded))
+        inputs = torch.cat([embedded, (rewards / HIGHEST_REWARD).unsqueeze(-1)], -1)
+        biased = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
+        state = inputs.new_zeros(len(items), self.model.state_width) if start is None else start
+        step = self._cfn if self.model.cell == "cfn" else self._gru
+        return step(parameters, inputs, biased, state, tape)
+
+    def _cfn(self, parameters: Parameters, inputs: Tensor, biased: Tensor, state: Tensor, tape: Tape) -> Tensor:
+        """Chaos-free network (Laurent & von Brecht 2017): s' = z ⊙ tanh(s) + i ⊙ tanh(W u)."""
+        width = self.model.state_width
+        weight = parameters["cell.gates"]
+        gates = tape.watch(biased @ weight[:, :-width].T)
+        candidate = tape.watch(inputs @ parameters["cell.candidate"].T)
+        recurrent, drive = weight[:, -width:].T, torch.tanh(candidate)
+
+        def advance(step: int, state: Tensor) -> Tensor:
+            keep, take = torch.sigmoid(gates[:, step] + state @ recurrent).chunk(2, -1)
+            return keep * torch.tanh(state) + take * drive[:, step]
+
+        states = _unroll(advance, state, inputs.shape[1])
+        before = states[:, :-1]
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, before], -1), gates))
+        tape.uses.append(Dense("cell.candidate", inputs, candidate))
+        return states
+
+    def _gru(self, parameters: Parameters, inputs: Tensor, biased: Tensor, state: Tensor, tape: Tape) -> Tensor:
+        """Gated recurrent unit (Cho et al. 2014): the reset gate acts on the state before the candidate's matrix."""
+        width = self.model.state_width
+        gate_weight, candidate_weight = parameters["cell.gates"], parameters["cell.candidate"]
+        gates = tape.watch(biased @ gate_weight[:, :-width].T)
+        candidate = tape.watch(biased @ candidate_weight[:, :-width].T)
+        gate_recurrent, candidate_recurrent = gate_weight[:, -width:].T, candidate_weight[:, -width:].T
+        resets: list[Tensor] = []
+
+        def advance(step: int, state: Tensor) -> Tensor:
+            keep, reset = torch.sigmoid(gates[:, step] + state @ gate_recurrent).chunk(2, -1)
+            resets.append(reset * state)
+            return keep * state + (1 - keep) * torch.tanh(candidate[:, step] + resets[-1] @ candidate_recurrent)
+
+        states = _unroll(advance, state, inputs.shape[1])
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, states[:, :-1]], -1), gates))
+        tape.uses.append(Dense("cell.candidate", torch.cat([biased, torch.stack(resets, 1)], -1), candidate))
+        return states
+
+
+def _unroll(advance: Callable[[int, Tensor], Tensor], state: Tensor, steps: int) -> Tensor:
+    states = [state]
+    for step in range(steps):
+        states.append(advance(step, states[-1]))
+    return torch.stack(states, 1)
+
+
+def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape) -> Tensor:
+    """h_t = s_t + P e_u: (B, T, n) states conditioned on (B, w) user embeddings."""
+    shift = tape.watch(users.unsqueeze(1) @ parameters["user.projection"].T)
+    tape.uses.append(Dense("user.projection", users.unsqueeze(1), shift))
+    return states + shift
+
+
+def queries(conditioned: Tensor, temperature: float) -> Tensor:
+    """(B, T, n+1) what an item embedding is multiplied with: [h, 1] over the temperature."""
+    return torch.cat([conditioned, torch.ones_like(conditioned[..., :1])], -1) / temperature

@@ -1,0 +1,87 @@
+"""The budget of a run: which mechanism its settings stand for, how many releases that allows, and what they cost."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from common.privacy.accounting import (
+    contributions,
+    default_delta,
+    effective_multiplier,
+    epsilon_model,
+    epsilon_server,
+    noise_multiplier_for,
+    releases_within,
+)
+from common.privacy.encoding import Encoding, choose_encoding
+from common.settings import Settings
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run's mechanism with its accounting.
+
+    Attributes:
+        noise_multiplier: z, the standard deviation of the released noise in units of the sensitivity; 0 for none.
+        delta: δ of both figures.
+        encoding: clip, rounding and noise as numbers.
+        allowed_releases: how many rounds the target permits, at most those of the settings; None without noise.
+    """
+
+    settings: Settings
+    noise_multiplier: float
+    delta: float
+    encoding: Encoding
+    allowed_releases: int | None
+
+    @property
+    def words(self) -> str:
+        """The budget for whoever hits it."""
+        return f"ε_model={self.settings.privacy.target_epsilon} at δ={self.delta:.3g}"
+
+    def statement(self, releases: int, uploads: int) -> dict[str, Any]:
+        """The `privacy` object of the report, for so many releases of a model and uploads of cohorts.
+
+        ε_model: unit one user, add/remove adjacency, against whoever sees every released model; amplified by Poisson
+        sampling. ε_server: the user's update replaced by zero, against the aggregating server, which sees who takes
+        part; no amplification, the honest devices' noise alone; it holds under secure aggregation.
+        """
+        privacy = self.settings.privacy
+        clip = {} if math.isinf(privacy.clip_norm) else {"clip_norm": privacy.clip_norm}
+        statement: dict[str, Any] = {"unit": "user", "mechanism": privacy.mechanism} | clip
+        if not self.settings.private:
+            return statement
+        honest, rate = self.encoding.honest, self.settings.training.cohort_rate
+        multiplier = effective_multiplier(self.encoding, self.noise_multiplier)
+        return statement | {
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "releases": releases,
+            "epsilon_model": epsilon_model(multiplier, rate, releases, self.delta),
+            "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, uploads), self.delta),
+            "epsilon_server_holds_under": "secure aggregation",
+            "target_epsilon": privacy.target_epsilon,
+            "noise": "seeded, not private" if privacy.randomness == "seeded" else "cryptographic",
+            "catalogue": "assumed public",
+        }
+
+
+def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
+    """Resolve the mechanism of a run over N devices with d shared parameters.
+
+    Raises :class:`~common.errors.PrivacyError` where the target cannot be met.
+    """
+    privacy, training = settings.privacy, settings.training
+    delta = privacy.delta or default_delta(devices)
+    multiplier, allowed = 0.0, None
+    if settings.private:
+        multiplier = privacy.noise_multiplier or noise_multiplier_for(
+            privacy.target_epsilon, training.cohort_rate, training.rounds, delta
+        )
+    encoding = choose_encoding(settings, devices, dimension, multiplier)
+    if settings.private:
+        effective = effective_multiplier(encoding, multiplier)
+        allowed = releases_within(
+            privacy.target_epsilon, effective, training.cohort_rate, delta, at_most=training.rounds
+        )
+    return Budget(settings, multiplier, delta, encoding, allowed)

@@ -1,0 +1,296 @@
+"""Every setting: one frozen pydantic tree, whatever it was read from.
+
+A TOML file, ``--set a.b=c`` on the command line and the flat run configuration of Flower all end in
+:class:`Settings`. Unknown keys, wrong types and values out of range raise :class:`SettingsError` with the key,
+the value and what was expected.
+
+A setting is here only if it changes the result of a run; how many processes compute it, say, does not.
+"""
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import SettingsError
+
+Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k"]
+
+
+def _numbers(value: Any) -> Any:
+    """Flower's flat configuration has no lists: ``"0.5,5"`` stands for ``[0.5, 5]`` there."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class Columns(_Section):
+    """Names of the columns of a csv or parquet file."""
+
+    user: str = "userId"
+    item: str = "movieId"
+    rating: str = "rating"
+    timestamp: str = "timestamp"
+
+
+class DataSettings(_Section):
+    """Which interactions the devices hold."""
+
+    source: Literal["movielens-small", "movielens", "csv", "synthetic"] = "movielens-small"
+    path: str = ""
+    """File or folder of `movielens` and `csv`; empty for the others."""
+    columns: Columns = Columns()
+    items: int = Field(5000, ge=0)
+    """Size of the catalogue: the most frequent items; 0 keeps all."""
+    users: int = Field(0, ge=0)
+    """Number of users: how many `synthetic` makes (0: 1,000), the first so many of any other source (0: all)."""
+    rating_range: Annotated[tuple[float, float], BeforeValidator(_numbers)] = (0.5, 5.0)
+    """Lowest and highest rating that may occur; a public input, never taken from the data."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.rating_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"Expected rating_range={low},{high} to be two finite numbers, the lower one first.")
+        if self.source in ("movielens", "csv") and not self.path:
+            raise ValueError(f"Expected path='' to name the file or folder of source={self.source}.")
+        return self
+
+
+class ModelSettings(_Section):
+    """Widths of the recommender."""
+
+    cell: Literal["cfn", "gru"] = "cfn"
+    input_width: int = Field(32, ge=1, le=4096)
+    state_width: int = Field(64, ge=1, le=4096)
+    user_width: int = Field(16, ge=1, le=4096)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class ObjectiveSettings(_Section):
+    """What a device's gradient is the gradient of."""
+
+    estimator: Estimator = "top-k"
+    slate_size: int = Field(10, ge=1)
+    """K, the number of items shown at once."""
+    discount: float = Field(0.0, ge=0, le=1)
+    """γ of the return, per interaction."""
+    weight_cap: float = Field(20.0, gt=0)
+    """c in min(π/β, c); e³ ≈ 20 in the paper; inf for none."""
+    self_normalised: bool = True
+    """Divide the weights by their mean over the device's own steps."""
+    warmup_rounds: int = Field(0, ge=0)
+    """First rounds in which the correction rests (w = λ = 1) while β learns."""
+    softmax: Literal["full", "sampled"] = "sampled"
+    negatives: int = Field(256, ge=1)
+    """Shared negatives a round, drawn log-uniformly with replacement, for the sampled softmax."""
+
+
+class RewardSettings(_Section):
+    """Where rewards come from."""
+
+    source: Literal["logged"] = "logged"
+
+
+class TrainingSettings(_Section):
+    """The rounds, and the work of one device in one of them."""
+
+    rounds: int = Field(300, ge=1)
+    cohort_rate: float = Field(0.1, gt=0, le=1)
+    """q: the probability with which each device takes part in a round, independently."""
+    window: int = Field(64, ge=2)
+    """Longest stretch of its history that a device trains on in one round."""
+    support_fraction: float = Field(0.25, ge=0, lt=1)
+    """Share of the window, its older part, that adapts the user embedding; the rest makes the shared update."""
+    user_steps: int = Field(2, ge=0)
+    """Local gradient steps on the user embedding."""
+    user_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
+    user_weight_decay: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Pull of the user embedding towards 0: without it, it learns the device's own history by heart."""
+    local_steps: int = Field(1, ge=1)
+    """Local gradient steps on the shared part; above 1 a model per device is held in memory."""
+    local_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
+    optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adam"
+    learning_rate: float = Field(0.01, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(1, ge=1)
+
+
+class GroupScale(_Section):
+    """Public factors applied to the groups of the gradient before the one joint clip and undone after decoding."""
+
+    items: float = Field(1.0, gt=0, allow_inf_nan=False)
+    cell: float = Field(1.0, gt=0, allow_inf_nan=False)
+    policy: float = Field(1.0, gt=0, allow_inf_nan=False)
+    behaviour: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class PrivacySettings(_Section):
+    """The mechanism and the budget."""
+
+    mechanism: Literal["skellam", "none"] = "skellam"
+    target_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
+    """Budget of ε_model; the noise multiplier is found for it unless one is given."""
+    noise_multiplier: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """z; 0: found from the target. Given together with a target, the run stops when the target is spent."""
+    clip_norm: float = Field(1.0, gt=0)
+    """C; inf switches clipping off (only without noise, in the `central` kind)."""
+    group_scale: GroupScale = GroupScale()
+    delta: float = Field(0.0, ge=0, lt=1)
+    """δ of (ε, δ); 0: N^-1.1 for N devices."""
+    randomness: Literal["system", "seeded"] = "system"
+
+
+class AggregationSettings(_Section):
+    """How the sum over a cohort comes about."""
+
+    kind: Literal["central", "plain", "secure"] = "central"
+    corrupt_fraction: float = Field(0.1, ge=0, lt=0.5)
+    """γ: share of a cohort that may collude with the server."""
+    dropout_fraction: float = Field(0.1, ge=0, lt=0.5)
+    """δ of secure aggregation: share of a cohort that may drop out."""
+    bits: Literal[0, 16, 20, 32] = 0
+    """Width of one coordinate on the wire; 0: the smallest that the noise and the cohort allow."""
+
+
+class GuardSettings(_Section):
+    """What a device insists on."""
+
+    minimum_cohort: int = Field(3, ge=1)
+    """A smaller roster uploads nothing; its round releases noise alone."""
+
+
+class EvaluationSettings(_Section):
+    """How a simulation is evaluated."""
+
+    protocol: Literal["leave-last-out", "time-split"] = "leave-last-out"
+    every: int = Field(0, ge=0)
+    """Validate every so many rounds; 0: only at the end."""
+
+
+class Settings(_Section):
+    """All settings of a run."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    reward: RewardSettings = RewardSettings()
+    training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    guard: GuardSettings = GuardSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if math.isinf(self.privacy.clip_norm) and (self.private or self.aggregation.kind != "central"):
+            raise ValueError(
+                "Expected privacy.clip_norm=inf only with privacy.mechanism=none and aggregation.kind=central."
+            )
+        if self.aggregation.corrupt_fraction + self.aggregation.dropout_fraction >= 1 / 2:
+            raise ValueError(
+                f"Expected aggregation.corrupt_fraction={self.aggregation.corrupt_fraction} + "
+                f"dropout_fraction={self.aggregation.dropout_fraction} < 0.5."
+            )
+        return self
+
+    @property
+    def private(self) -> bool:
+        """Whether what is released carries noise."""
+        return self.privacy.mechanism != "none"
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether every random choice follows from `training.seed`: no noise, or noise that is asked to be seeded."""
+        return not self.private or self.privacy.randomness == "seeded"
+
+    def to_toml(self) -> str:
+        """The complete tree as TOML; :func:`load_settings` reads it back to an equal value."""
+        return tomli_w.dumps(self.model_dump())
+
+    def flat(self) -> dict[str, int | float | bool | str]:
+        """The tree as Flower's flat run configuration: ``{"training.rounds": 300, ...}``."""
+
+        def leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    yield from leaves(f"{prefix}.{key}" if prefix else key, inner)
+            elif isinstance(value, list | tuple):
+                yield prefix, ",".join(str(part) for part in value)
+            else:
+                yield prefix, value
+
+        return dict(leaves("", self.model_dump()))
+
+
+def parse_settings(tree: Mapping[str, Any]) -> Settings:
+    """Validate a nested mapping. Raises :class:`SettingsError` naming each offending key."""
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(" ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def parse_flat(flat: Mapping[str, Any]) -> Settings:
+    """Validate Flower's flat run configuration, whose keys are dotted paths."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        _put(tree, key, value)
+    return parse_settings(tree)
+
+
+def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """Read a TOML file (defaults without one) and apply ``a.b=c`` overrides in order.
+
+    The value of an override is TOML where it parses as TOML and a plain string otherwise.
+    Raises :class:`SettingsError`.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"Expected {path} to be a readable TOML file: {error.strerror}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"Expected {path} to be valid TOML: {error}.") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise SettingsError(f"Expected --set {override!r} to look like section.key=value.")
+        _put(tree, key.strip(), _parse_value(text.strip()))
+    return parse_settings(tree)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        inner = tree.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise SettingsError(f"Unknown setting {key}: {parent} is a value, not a section.")
+        tree = inner
+    tree[leaf] = value
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    kind, value, message = detail["type"], detail["input"], str(detail["msg"])
+    if kind == "extra_forbidden":
+        return f"Unknown setting {key}={value!r}: see `fedtopk simulate --help` for where settings are listed."
+    if kind == "value_error":
+        text = message.removeprefix("Value error, ")
+        return f"{key}: {text}" if key else text
+    return f"Expected {key}={value!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,82 @@
+"""log π(a|s) and log β(a|s) of logged items, by the full softmax or by a sampled one.
+
+The sampled softmax replaces the normaliser Z = Σ_j exp(f_j) by the unbiased estimate
+
+    Ẑ = exp(f_a) + Σ_{j ≠ a} c_j exp(f_j) / (m Q_j),
+
+over the items j that came up c_j times in m draws with replacement from Q (logQ correction; Bengio & Senécal 2008).
+The logged item enters with certainty and is left out of the drawn ones (an accidental hit). 1/Ẑ overestimates 1/Z by
+Jensen's inequality, by O(1/m): ``tests/unit/test_softmax.py`` holds both statements.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.ghost import Dense, Sampled, Tape
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Items drawn once a round and shared by all devices; public, and without any relation to their data.
+
+    Attributes:
+        ids: (m',) int64, unique, ascending.
+        log_weights: (m',) float32, log(c_j / (m Q_j)).
+        column: (A,) int64, where an item stands in `ids`, or -1.
+    """
+
+    ids: Tensor
+    log_weights: Tensor
+    column: Tensor
+
+
+def log_uniform(items: int) -> np.ndarray:
+    """(A,) probabilities Q(k) = log((k+2)/(k+1)) / log(A+1) of items ordered by falling frequency."""
+    k = np.arange(items, dtype=np.float64)
+    return np.log1p(1 / (k + 1)) / np.log(items + 1)
+
+
+def draw_negatives(items: int, draws: int, generator: np.random.Generator) -> Negatives:
+    """Draw `draws` items log-uniformly with replacement and merge the repeated ones."""
+    probability = log_uniform(items)
+    # The inverse of Q's distribution function log(k+1) / log(A+1).
+    drawn = np.exp(generator.random(draws) * np.log(items + 1)).astype(np.int64) - 1
+    ids, counts = np.unique(np.clip(drawn, 0, items - 1), return_counts=True)
+    column = np.full(items, -1, dtype=np.int64)
+    column[ids] = np.arange(len(ids))
+    weights = np.log(counts) - np.log(draws * probability[ids])
+    return Negatives(torch.from_numpy(ids), torch.from_numpy(weights.astype(np.float32)), torch.from_numpy(column))
+
+
+def log_probabilities(
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, negatives: Negatives | None, tape: Tape
+) -> Tensor:
+    """(B, T) log-probability of each step's item.
+
+    Args:
+        weight: (A, n+1) the head's item embeddings.
+        name: the weight's name, for the tape.
+        queries: (B, T, n+1), see :func:`common.model.queries`.
+        items: (B, T) int64.
+        negatives: those of the sampled softmax; None for the full one.
+    """
+    if negatives is None:
+        logits = tape.watch(queries @ weight.T)
+        tape.uses.append(Dense(name, queries, logits))
+        return logits.gather(-1, items.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    drawn = tape.watch(queries @ weight[negatives.ids].T)
+    own = tape.watch((queries * weight[items]).sum(-1))
+    column = negatives.column[items]
+    tape.uses.append(Sampled(name, queries, negatives.ids, items, column, drawn, own))
+    corrected = _without_hits(drawn + negatives.log_weights, column)
+    return own - torch.logaddexp(own, corrected.logsumexp(-1))
+
+
+def _without_hits(logits: Tensor, column: Tensor) -> Tensor:
+    """Mask each step's own item among the negatives."""
+    place = column.clamp(min=0).unsqueeze(-1)
+    kept = torch.where(column.unsqueeze(-1) >= 0, -torch.inf, logits.gather(-1, place))
+    return logits.scatter(-1, place, kept)

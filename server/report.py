@@ -1,0 +1,30 @@
+"""``report.json``: what a run did, what it cost, and what came of it. Absent means not measured, never 0."""
+
+from typing import Any
+
+from server.training import Outcome, Training
+
+
+def build_report(training: Training, outcome: Outcome, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Assemble the report of DESIGN §8.
+
+    Args:
+        evaluation: the evaluation's own object; empty if there was none.
+    """
+    report: dict[str, Any] = {
+        "status": outcome.status,
+        "rounds": outcome.rounds,
+        "devices": training.cohort.devices,
+        "client_updates": outcome.client_updates,
+        "seconds": round(outcome.seconds, 3),
+    }
+    if outcome.session_updates:
+        report["client_updates_per_second"] = round(outcome.session_updates / outcome.seconds, 1)
+    report["parameters"] = sum(value.numel() for value in outcome.parameters.values())
+    report["privacy"] = training.budget.statement(training.ledger.model_releases, training.ledger.server_uploads)
+    if evaluation:
+        report["evaluation"] = evaluation
+    aggregation = {"kind": training.settings.aggregation.kind, "dropouts": outcome.dropouts}
+    sent = {"bytes_up_per_device": outcome.bytes_up, "bytes_down_per_device": outcome.bytes_down}
+    report["aggregation"] = aggregation | {name: value for name, value in sent.items() if value is not None}
+    return report

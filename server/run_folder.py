@@ -1,0 +1,81 @@
+"""A run folder: settings, checkpoints, event store, and at the end the model and the report."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from common.errors import RunError
+from common.model import Parameters
+from common.settings import Settings, load_settings
+from server.durable import write_file
+from server.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "settings.toml"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def model_file(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def open(self, settings: Settings, resume: bool) -> Store:
+        """The store of a new run, whose settings are written, or of one that is to go on.
+
+        Raises :class:`RunError` if the folder cannot be written to, is in use, or already holds a run.
+        """
+        if resume:
+            return open_store(self.path)
+        if self.settings_file.exists():
+            raise RunError(f"Expected {self.path} to hold no run yet: pass --resume to go on with it, or another --out.")
+        store = open_store(self.path)
+        try:
+            write_file(self.settings_file, settings.to_toml().encode())
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def settings(self) -> Settings:
+        """The run's settings. Raises :class:`RunError` where there is no run."""
+        if not self.settings_file.exists():
+            raise RunError(f"Expected {self.path} to hold a run: {self.settings_file.name} is missing.")
+        return load_settings(self.settings_file)
+
+    def save_model(self, parameters: Parameters) -> None:
+        """Write the shared model, atomically."""
+        write_file(self.model_file, to_bytes({name: value.contiguous() for name, value in parameters.items()}))
+
+    def load_model(self) -> dict[str, Tensor]:
+        """The shared model of a run that ended. Raises :class:`RunError`."""
+        try:
+            return load_tensors(self.model_file.read_bytes())
+        except OSError as error:
+            raise RunError(f"Expected {self.model_file} to be readable: {error.strerror}.") from None
+        except SafetensorError as error:
+            raise RunError(f"Expected {self.model_file} to be a safetensors file: {error}.") from None
+
+    def save_report(self, report: Mapping[str, Any]) -> None:
+        """Write ``report.json``, atomically."""
+        write_file(self.report_file, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,19 @@
+"""Who takes part in a round: independent coins (Poisson sampling), on which the amplification of ε_model rests."""
+
+import numpy as np
+
+from common.privacy.randomness import seeded_stream, system_stream
+from common.settings import Settings
+
+
+def draw_roster(settings: Settings, round_: int, devices: int) -> np.ndarray:
+    """The devices whose coin of probability `training.cohort_rate` came up, ascending.
+
+    Nobody where fewer than `guard.minimum_cohort` came up: such a round releases noise alone.
+
+    Amplification needs the coins to be secret from whoever sees the models. So they come from the operating system,
+    anew for each attempt, unless the run is reproducible, where they follow from the seed and the round alone.
+    """
+    stream = seeded_stream(settings.training.seed, "roster", round_) if settings.reproducible else system_stream()
+    members = np.flatnonzero(stream.uniform(devices) < settings.training.cohort_rate)
+    return members if len(members) >= settings.guard.minimum_cohort else members[:0]

@@ -1,0 +1,199 @@
+"""The round loop: the same for a simulation, Flower's engine and real devices.
+
+One round: reserve its privacy in the ledger, flip the coins, ask the cohort for its noisy sum, step the optimiser,
+write the checkpoint, mark the release. A crash between any two of these leaves a run that can be resumed and a ledger
+that shows at least what was released (``tests/integration/test_crash.py``).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.errors import AggregationError, BudgetExceeded, RunError
+from common.model import Parameters, check_parameters, group_of, unflatten
+from common.offer import Offer
+from common.privacy.budget import Budget
+from common.settings import Settings, TrainingSettings
+from server.checkpoint import Checkpoint, load_latest, save
+from server.cohort import Cohort, CohortSum
+from server.events import Events
+from server.ledger import Ledger
+from server.sampling import draw_roster
+
+ATTEMPTS = 3
+"""Attempts at one round, each with a new cohort, before the run ends."""
+
+
+Status = Literal["finished", "stopped", "budget spent"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and its model.
+
+    Attributes:
+        rounds, client_updates, dropouts: of the whole run, what came before a resume included.
+        session_updates, seconds: updates and time of the rounds of this process alone.
+        bytes_up, bytes_down: sent by and to one device in a round, if anything was sent.
+    """
+
+    status: Status
+    rounds: int
+    parameters: Parameters
+    client_updates: int
+    dropouts: int
+    session_updates: int
+    seconds: float
+    bytes_up: int | None
+    bytes_down: int | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One completed round, for whoever watches."""
+
+    round: int
+    parameters: Parameters
+    members: int
+    seconds: float
+    cohort_sum: CohortSum
+
+
+@dataclass
+class Training:
+    """A run: its model and optimiser, its devices, and the books it keeps.
+
+    Args:
+        parameters: the initial shared parameters.
+        cohort: the devices.
+        budget: the mechanism.
+        ledger, events: opened in the run folder.
+        checkpoints: folder of the checkpoints.
+    """
+
+    settings: Settings
+    parameters: Parameters
+    cohort: Cohort
+    budget: Budget
+    ledger: Ledger
+    events: Events
+    checkpoints: Path
+
+    def __post_init__(self) -> None:
+        self._model = {name: torch.nn.Parameter(value.clone()) for name, value in self.parameters.items()}
+        self._optimizer = make_optimizer(self.settings.training, list(self._model.values()))
+        self._round = self._client_updates = self._dropouts = 0
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint. Raises :class:`RunError` where there is none or it does not fit."""
+        checkpoint = load_latest(self.checkpoints)
+        if checkpoint is None:
+            if self.ledger.model_releases:
+                raise RunError(f"Expected a checkpoint in {self.checkpoints}: rounds were released, but none is left.")
+            return
+        check_parameters(checkpoint.model, {name: tuple(value.shape) for name, value in self._model.items()})  # type: ignore[misc]
+        with torch.no_grad():
+            for name, value in checkpoint.model.items():
+                self._model[name].copy_(value)
+        self._optimizer.load_state_dict(checkpoint.optimizer)
+        self.cohort.restore(checkpoint.extra)
+        self._round = checkpoint.round
+        self._client_updates = int(checkpoint.metadata["client_updates"])
+        self._dropouts = int(checkpoint.metadata["dropouts"])
+        self.ledger.reconcile(checkpoint.round)
+        self.events.record("resumed", self._round)
+
+    def run(self, should_stop: Callable[[], bool], on_round: Callable[[Progress], None]) -> Outcome:
+        """Train until the last round, the end of the budget, or until `should_stop` says so between two rounds."""
+        status: Status = "finished"
+        before, seconds = self._client_updates, 0.0
+        bytes_up = bytes_down = None
+        while self._round < self.settings.training.rounds:
+            if should_stop():
+                status = "stopped"
+                self._checkpoint()
+                break
+            start = time.perf_counter()
+            try:
+                members, cohort_sum = self._one_round(self._round + 1)
+            except BudgetExceeded as error:
+                self.events.record("budget spent", self._round, reason=str(error))
+                status = "budget spent"
+                break
+            spent = time.perf_counter() - start
+            seconds += spent
+            bytes_up, bytes_down = cohort_sum.bytes_up or bytes_up, cohort_sum.bytes_down or bytes_down
+            on_round(Progress(self._round, self.current(), members, spent, cohort_sum))
+        self.events.record(status, self._round)
+        return Outcome(
+            status,
+            self._round,
+            self.current(),
+            self._client_updates,
+            self._dropouts,
+            self._client_updates - before,
+            seconds,
+            bytes_up,
+            bytes_down,
+        )
+
+    def current(self) -> Parameters:
+        """The shared parameters as they are now."""
+        return {name: value.detach() for name, value in self._model.items()}
+
+    def _one_round(self, number: int) -> tuple[int, CohortSum]:
+        for last in [False] * (ATTEMPTS - 1) + [True]:
+            attempt = self.ledger.reserve(number)
+            members = draw_roster(self.settings, number, self.cohort.devices)
+            offer = Offer(number, attempt, self.current(), self.budget.encoding, self.settings)
+            if len(members):
+                self.ledger.uploaded(number, attempt)
+            try:
+                cohort_sum = self.cohort.sum_updates(offer, members)
+            except AggregationError as error:
+                self.events.record("attempt failed", number, attempt=attempt, reason=str(error))
+                if last or self.settings.reproducible:
+                    raise
+                continue
+            break
+        self._step(cohort_sum)
+        self._round = number
+        self._client_updates += cohort_sum.survivors
+        self._dropouts += cohort_sum.roster - cohort_sum.survivors
+        if number % self.settings.training.checkpoint_every == 0 or number == self.settings.training.rounds:
+            self._checkpoint()
+        # Until here only this process has seen the new model; from here on it counts as released.
+        self.ledger.released(number, attempt)
+        self.events.record("round", number, attempt=attempt, members=len(members), survivors=cohort_sum.survivors)
+        return len(members), cohort_sum
+
+    def _step(self, cohort_sum: CohortSum) -> None:
+        """One step along the mean over the *expected* cohort: dividing by who answered would not be private."""
+        expected = self.settings.training.cohort_rate * self.cohort.devices
+        mean = torch.from_numpy(cohort_sum.total / expected).float()
+        shapes = {name: (value.shape[0], value.shape[1]) for name, value in self._model.items()}
+        for name, gradient in unflatten(mean, shapes).items():
+            self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
+        self._optimizer.step()
+
+    def _checkpoint(self) -> None:
+        metadata = {"client_updates": str(self._client_updates), "dropouts": str(self._dropouts)}
+        state = self._optimizer.state_dict()
+        save(self.checkpoints, Checkpoint(self._round, self.current(), state, self.cohort.state(), metadata))
+
+
+def make_optimizer(training: TrainingSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The server's optimiser by its `training.optimizer` name."""
+    kinds: dict[str, type[torch.optim.Optimizer]] = {
+        "sgd": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "adagrad": torch.optim.Adagrad,
+        "rmsprop": torch.optim.RMSprop,
+    }
+    options = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    return kinds[training.optimizer](parameters, **options)  # type: ignore[call-arg]

@@ -1,0 +1,194 @@
+"""The `central` kind: a cohort's clipped sum by the batched engine, without a per-device update.
+
+The members are cut into blocks that depend on the members alone. Each block's float32 sum becomes an int64 fixed-point
+vector, and integers add up to the same total in any order: one process or many give the same integers
+(``tests/contract/test_workers.py``). Rotation, rounding and noise happen once, on the total.
+"""
+
+import math
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.local_update import compute_update
+from common.errors import AggregationError
+from common.model import Parameters, flatten, unflatten
+from common.offer import Offer
+from common.privacy.clipping import clip_factor
+from common.privacy.encoding import release_central
+from common.trajectory import Trajectories
+from server.cohort import CohortSum
+from simulations.population import Population
+
+BLOCK_DEVICES = {"full": 16, "sampled": 32}
+"""Devices per block: for the full softmax, a block's logits must stay in the cache."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block's result: who it was, their new private embeddings, and what the simulation may look at."""
+
+    devices: np.ndarray
+    local_users: Tensor
+    metrics: dict[str, float]
+
+
+class BatchedCohort:
+    """All devices of a population, computed in blocks by `workers` processes of one thread each.
+
+    Use as a context manager: worker processes end with it.
+    """
+
+    def __init__(self, population: Population, workers: int = 1) -> None:
+        self._population = population
+        self._pool = _Pool(workers) if workers > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=kind is None)
+
+    @property
+    def devices(self) -> int:
+        return len(self._population)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"users": self._population.users}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._population.users.copy_(state["users"])
+
+    def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
+        fixed = np.zeros(sum(value.numel() for value in offer.parameters.values()), np.int64)
+        blocks = list(self._compute(offer, members, fixed))
+        for block in blocks:
+            self._population.users[torch.from_numpy(block.devices)] = block.local_users
+        total = fixed / fixed_point_scale(offer.settings.privacy.clip_norm)
+        if offer.settings.private:
+            total = release_central(total, offer.encoding, offer.signs, offer.stream("central"))
+        return CohortSum(total, len(members), len(members), simulation_metrics=_means(blocks))
+
+    def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[_Block]:
+        """Add the members' clipped sum to `fixed`; blocks come in their fixed order."""
+        size = BLOCK_DEVICES[offer.settings.objective.softmax]
+        order = members[np.argsort(self._population.window_lengths(members), kind="stable")]
+        cuts = [order[start : start + size] for start in range(0, len(order), size)]
+        jobs = [
+            (devices, self._population.windows(offer.round, devices), self._population.users[devices])
+            for devices in cuts
+        ]
+        if self._pool is not None:
+            yield from self._pool.compute(offer, jobs, fixed)
+            return
+        for job in jobs:
+            yield _compute_block(offer, *job, fixed)
+
+
+def fixed_point_scale(clip_norm: float) -> float:
+    """Units per 1.0 of a block sum's fixed point: exact for 2^26 devices at the clip; 2^24 without a clip."""
+    return 2.0**36 / clip_norm if math.isfinite(clip_norm) else 2.0**24
+
+
+def _compute_block(
+    offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray
+) -> _Block:
+    """Compute one block with one torch thread and add its clipped sum to `fixed`."""
+    clip = offer.settings.privacy.clip_norm
+    update = compute_update(offer.settings, offer.parameters, windows, users, offer.negatives, offer.warm)
+    norms = update.gradients.norms()
+    total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)))
+    scaled = total.double().mul_(fixed_point_scale(clip)).round_()
+    if not bool((scaled.abs() < 2.0**52).all()):
+        raise AggregationError(
+            f"Expected finite block sums below 2^52 fixed-point units, found {float(scaled.abs().max())}: "
+            "the training diverged; lower training.learning_rate or set a finite privacy.clip_norm."
+        )
+    fixed += scaled.numpy().astype(np.int64)
+    metrics = {name: float(value.double().sum()) for name, value in update.local_metrics.items()}
+    metrics |= {"clipped": float((norms > clip).double().sum()), "norm": float(norms.double().sum())}
+    return _Block(devices, update.local_users, metrics)
+
+
+def _means(blocks: list[_Block]) -> dict[str, float]:
+    devices = sum(len(block.devices) for block in blocks)
+    if not devices:
+        return {}
+    return {name: sum(block.metrics[name] for block in blocks) / devices for name in blocks[0].metrics}
+
+
+class _Pool:
+    """Worker processes that share the round's parameters and each own one int64 accumulator."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def compute(
+        self, offer: Offer, jobs: list[tuple[np.ndarray, Trajectories, Tensor]], fixed: np.ndarray
+    ) -> list[_Block]:
+        if self._executor is None:
+            self._start(offer)
+        self._shared.copy_(flatten(offer.parameters))
+        self._sums.zero_()
+        # The parameters travel through shared memory, not with every job.
+        light = replace(offer, parameters={})
+        try:
+            futures = [self._executor.submit(_work, light, job) for job in jobs]  # type: ignore[union-attr]
+            wait(futures)  # before any error is raised: a straggler must not write into the next round's sums
+            blocks = [future.result() for future in futures]
+        except BrokenProcessPool:
+            self._executor = None
+            raise AggregationError("A worker process died during the round; nothing was released.") from None
+        for sums in self._sums.numpy():
+            fixed += sums
+        return blocks
+
+    def _start(self, offer: Offer) -> None:
+        shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
+        self._shared = flatten(offer.parameters).clone().share_memory_()
+        self._sums = torch.zeros(self._workers, len(self._shared), dtype=torch.int64).share_memory_()
+        context = multiprocessing.get_context("spawn")
+        slots = context.SimpleQueue()
+        for slot in range(self._workers):
+            slots.put(slot)
+        self._executor = ProcessPoolExecutor(
+            self._workers, context, _start_worker, (self._shared, self._sums, shapes, slots)
+        )
+
+    def shutdown(self, wait: bool) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=wait, cancel_futures=True)
+
+
+def _start_worker(shared: Tensor, sums: Tensor, shapes: dict[str, tuple[int, int]], slots: "_Slots") -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    torch.set_num_threads(1)
+    _worker = _Worker(unflatten(shared, shapes), sums[slots.get()].numpy())
+
+
+@dataclass
+class _Worker:
+    parameters: Parameters
+    sums: np.ndarray
+
+
+_worker: _Worker
+_Slots = multiprocessing.SimpleQueue  # type: ignore[type-arg]
+
+
+def _work(light: Offer, job: tuple[np.ndarray, Trajectories, Tensor]) -> _Block:
+    return _compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums)

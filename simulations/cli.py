@@ -1,0 +1,209 @@
+"""The `fedtopk` command."""
+
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.core import click
+
+from common.console import Format, answer, stderr
+from common.errors import FedtopkError, SettingsError
+from common.settings import load_settings
+from server.run_folder import RunFolder
+
+app = typer.Typer(
+    help="Federated, differentially private training of the top-K off-policy-corrected REINFORCE recommender.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one setting; repeatable.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings; what it lacks is default.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Accepted before or after the subcommand; :func:`main` reads it."""
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; they change the speed and nothing else.")] = 2,
+    format: FormatOption = "text",
+) -> None:
+    """Train federatedly over a simulated population, evaluate, and write the run folder."""
+    from simulations.progress import RoundsBar
+    from simulations.simulate import Watch
+    from simulations.simulate import simulate as run
+
+    if resume and (config is not None or overrides):
+        raise SettingsError("Expected --resume without --config and --set: a run goes on with its own settings.")
+    folder = RunFolder(out)
+    settings = None if resume else load_settings(config, overrides or ())
+    rounds = (settings or folder.settings()).training.rounds
+    with _stoppable() as should_stop, RoundsBar(rounds, "training") as bar:
+        watch = Watch(
+            note=lambda sentence: stderr.print(sentence, highlight=False),
+            on_round=lambda progress, remark: bar.update(progress.round, remark),
+            should_stop=should_stop,
+        )
+        report = run(folder, watch, settings=settings, workers=workers)
+    answer(format, report, lambda: _report_text(report, out))
+    if report["status"] == "stopped":
+        stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(run: RunArgument, format: FormatOption = "text") -> None:
+    """Evaluate a run's model by full ranking, beside popularity and first-order Markov."""
+    from simulations.evaluate_run import evaluate_run
+
+    figures = evaluate_run(RunFolder(run))
+    answer(format, figures, lambda: _evaluation_table(figures))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write into; made where missing.")],
+    format: FormatOption = "text",
+) -> None:
+    """Write a run's shared model for other programs: safetensors, the catalogue as csv, and a description."""
+    from simulations.export import export_run
+
+    written = export_run(RunFolder(run), to)
+    answer(format, written, lambda: "\n".join(f"{name}: {path}" for name, path in written.items()))
+
+
+@data_app.command("list")
+def data_list(format: FormatOption = "text") -> None:
+    """Name the sources of data."""
+    from simulations.datasets import available
+
+    sources = available()
+    answer(format, sources, lambda: _rows_table("data.source", "what it is", sources))
+
+
+@data_app.command("prepare")
+def data_prepare(config: ConfigOption = None, overrides: SetOption = None, format: FormatOption = "text") -> None:
+    """Fetch, check and convert the data of the settings, and print their counts."""
+    from simulations import datasets
+
+    settings = load_settings(config, overrides or ())
+    counts = datasets.summary(datasets.load(settings.data, seed=settings.training.seed))
+    answer(format, counts, lambda: _rows_table("figure", "value", counts))
+
+
+@app.command()
+def doctor(format: FormatOption = "text") -> None:
+    """Say what this machine has, and what is missing for which command."""
+    from simulations.doctor import examine
+
+    findings = examine()
+    answer(format, findings, lambda: _findings_table(findings))
+    if not all(finding["ok"] or finding["optional"] for finding in findings):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C (or SIGTERM) ask for a stop between two rounds; the second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        stderr.print("Stopping after this round; press Ctrl-C again to break it off.")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _rows_table(key: str, value: str, rows: dict[str, Any]) -> Table:
+    table = Table(key, value)
+    for name, content in rows.items():
+        table.add_row(name, str(content))
+    return table
+
+
+def _evaluation_table(figures: dict[str, Any]) -> Table:
+    table = Table(title=f"{figures['protocol']}, full ranking, {figures['users']} users")
+    for heading in ("", "HR@10 [95 %]", "NDCG@10 [95 %]", "coverage@10"):
+        table.add_column(heading)
+    for name, row in (("this model", figures), ("popularity", figures["popularity"]), ("Markov", figures["markov"])):
+        cells = [f"{row[m]:.3f} [{row[m + '_ci95'][0]:.3f}, {row[m + '_ci95'][1]:.3f}]" for m in ("hr@10", "ndcg@10")]
+        table.add_row(name, *cells, f"{row['coverage@10']:.3f}")
+    return table
+
+
+def _findings_table(findings: list[dict[str, Any]]) -> Table:
+    table = Table("", "what", "found", "needed for")
+    for finding in findings:
+        mark = "ok" if finding["ok"] else "missing" if not finding["optional"] else "-"
+        table.add_row(mark, finding["what"], finding["found"], finding["needed_for"])
+    return table
+
+
+def _report_text(report: dict[str, Any], out: Path) -> Any:
+    from rich.console import Group
+
+    privacy = report["privacy"]
+    lines = [
+        f"{report['status']}: {report['rounds']} rounds, {report['devices']} devices, "
+        f"{report['client_updates']} updates in {report['seconds']:.1f} s"
+    ]
+    if "epsilon_model" in privacy:
+        lines.append(
+            f"ε_model {privacy['epsilon_model']:.2f} (who sees the models), ε_server {privacy['epsilon_server']:.1f} "
+            f"(the server, under secure aggregation), δ {privacy['delta']:.2g}, unit: user, noise: {privacy['noise']}"
+        )
+    else:
+        lines.append("No privacy: no noise was added.")
+    parts: list[Any] = ["\n".join(lines)]
+    if "evaluation" in report:
+        parts.append(_evaluation_table(report["evaluation"]))
+    return Group(*parts, f"Run folder: {out}")
+
+
+def main() -> None:
+    """Entry point: errors become one line on standard error and an exit code, never a traceback without --debug."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(arguments, prog_name="fedtopk", standalone_mode=False)
+    except KeyboardInterrupt:
+        stderr.print("Interrupted. A run folder can be resumed with --resume.")
+        code = 130
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except FedtopkError as error:
+        if debug:
+            raise
+        stderr.print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
+        code = 1
+    sys.exit(code)

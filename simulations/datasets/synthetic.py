@@ -1,0 +1,146 @@
+"""A made-up population whose preferences are known.
+
+Each user has a taste and each item a character, both standard normal vectors, and each item an appeal to all. The true
+preference of a user for an item is their scaled product plus the appeal, of about unit variance over pairs. Items were
+*shown* by another rule, the logging policy: a softmax of the item's popularity, which has nothing to do with its
+appeal, plus a little of the user's preference. A learner that copies the log therefore recommends popular items, and
+one that corrects for the logging policy can find better ones.
+
+A user depends on the seed, the number of items and the user's own number alone: the first 100 users of 10,000 are the
+users of a population of 100. Items are therefore ordered by how often the logging policy shows them in expectation, not
+by their count in one population.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from common.catalogue import Catalogue
+from common.errors import DataError
+from simulations.datasets.interactions import Interactions
+
+WIDTH = 8
+"""Numbers in a taste and in a character."""
+SHORTEST, LONGEST = 10, 60
+"""Interactions of a user; fewer if there are not so many items."""
+
+_APPEAL_SHARE = 0.3  # of the variance of preferences; the rest is personal
+_POPULARITY = 1.5  # standard deviation of the popularity part of the logging policy's logits
+_PREFERENCE_IN_LOG = 0.3  # weight of the true preference in those logits
+_RATING_NOISE = 0.5  # standard deviation, where preferences have about 1
+_START, _START_SPAN, _MEAN_GAP = 1_500_000_000, 365 * 86_400, 86_400  # seconds
+
+_BLOCK = 256  # users made together, always as many; some 5 MB per array and 5,000 items
+_ITEMS, _USERS = 2, 3  # set the generators apart from others made from the same seed
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The truth behind a synthetic population of N users and A items.
+
+    Attributes:
+        tastes: (N, WIDTH) float32, one row per user.
+        characters: (A, WIDTH) float32, one row per item of the catalogue.
+        appeal: (A,) float32, what is liked about an item by everyone.
+    """
+
+    tastes: np.ndarray
+    characters: np.ndarray
+    appeal: np.ndarray
+
+    def scores(self, users: np.ndarray | slice) -> np.ndarray:
+        """(B, A) float32 true preferences of B users, given by index, mask or slice; mean about 0, variance about 1."""
+        personal = np.float32(np.sqrt((1 - _APPEAL_SHARE) / WIDTH))
+        scores: np.ndarray = (personal * self.tastes[users]) @ self.characters.T + self.appeal
+        return scores
+
+
+class _Block(NamedTuple):
+    """Consecutive users, one per row; of a history's LONGEST places (or A, if fewer) only the first `lengths` count."""
+
+    tastes: np.ndarray
+    lengths: np.ndarray
+    items: np.ndarray
+    ratings: np.ndarray
+    timestamps: np.ndarray
+
+    def flat(self, values: np.ndarray) -> np.ndarray:
+        """The places that count, user after user."""
+        flat: np.ndarray = values[np.arange(values.shape[1]) < self.lengths[:, None]]
+        return flat
+
+
+def synthetic(
+    users: int, items: int, *, seed: int, rating_range: tuple[float, float] = (0.5, 5.0)
+) -> tuple[Interactions, Preferences]:
+    """Make `users` ≥ 1 histories over `items` ≥ 1 items.
+
+    A history has SHORTEST to LONGEST different items at increasing times. Ratings are the half-stars inside
+    `rating_range`, about equally frequent over all pairs, and rise with the true preference up to noise.
+
+    Raises:
+        DataError: `rating_range` holds no half-star.
+    """
+    lowest, highest = int(np.ceil(2 * rating_range[0])), int(np.floor(2 * rating_range[1]))
+    if lowest > highest:
+        low, high = rating_range
+        raise DataError(f"Expected data.rating_range={low:g},{high:g} to hold a multiple of 0.5.")
+
+    generator = np.random.default_rng([seed, _ITEMS])
+    popularity = _POPULARITY * generator.standard_normal(items, np.float32)
+    appeal = np.float32(np.sqrt(_APPEAL_SHARE)) * generator.standard_normal(items, np.float32)
+    characters = generator.standard_normal((items, WIDTH), np.float32)
+    order = np.argsort(-(popularity + _PREFERENCE_IN_LOG * appeal), kind="stable")
+    popularity, appeal, characters = popularity[order], appeal[order], characters[order]
+
+    blocks = []
+    for number, first in enumerate(range(0, users, _BLOCK)):
+        generator = np.random.default_rng([seed, _USERS, number])
+        tastes = generator.standard_normal((_BLOCK, WIDTH), np.float32)
+        scores = Preferences(tastes, characters, appeal).scores(slice(None))
+        block = _histories(generator, tastes, scores, popularity, lowest, highest)
+        blocks.append(_Block(*(column[: users - first] for column in block)))
+
+    lengths = np.concatenate([block.lengths for block in blocks])
+    ids = np.arange(items).astype(np.str_)
+    interactions = Interactions(
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        items=np.concatenate([block.flat(block.items) for block in blocks]),
+        ratings=np.concatenate([block.flat(block.ratings) for block in blocks]),
+        timestamps=np.concatenate([block.flat(block.timestamps) for block in blocks]),
+        user_ids=np.arange(users).astype(np.str_),
+        catalogue=Catalogue(ids=ids, titles=np.array([f"Item {name}" for name in ids.tolist()])),
+    )
+    return interactions, Preferences(np.concatenate([block.tastes for block in blocks]), characters, appeal)
+
+
+def _histories(
+    generator: np.random.Generator,
+    tastes: np.ndarray,
+    scores: np.ndarray,
+    popularity: np.ndarray,
+    lowest: int,
+    highest: int,
+) -> _Block:
+    """Let the logging policy show items to a block of users, and the users rate them in `lowest`..`highest` halves."""
+    users, items = scores.shape
+    places = min(LONGEST, items)
+    lengths = np.minimum(generator.integers(SHORTEST, LONGEST, users, endpoint=True), places)
+
+    # The items whose exponential clocks ring first are a draw without replacement, in the order of drawing.
+    clocks = generator.standard_exponential(scores.shape, np.float32)
+    clocks *= np.exp(-popularity - np.float32(_PREFERENCE_IN_LOG) * scores)
+    shown = np.argpartition(clocks, places - 1, axis=1)[:, :places]
+    shown = np.take_along_axis(shown, np.argsort(np.take_along_axis(clocks, shown, 1), axis=1), 1)
+
+    noise = _RATING_NOISE * generator.standard_normal(shown.shape, np.float32)
+    liking = (np.take_along_axis(scores, shown, 1) + noise) / np.sqrt(1 + _RATING_NOISE**2)
+    share = (1 + np.tanh(0.85 * liking)) / 2  # near the normal distribution function: about uniform in [0, 1]
+    halves = np.minimum(lowest + np.floor(share * (highest - lowest + 1)), highest)
+
+    gaps = 1 + generator.exponential(_MEAN_GAP, shown.shape).astype(np.int64)
+    start = _START + generator.integers(_START_SPAN, size=(users, 1))
+    return _Block(
+        tastes, lengths, shown.astype(np.int32), (halves / 2).astype(np.float32), start + np.cumsum(gaps, axis=1)
+    )

@@ -1,0 +1,77 @@
+"""Full-ranking evaluation on held-out items, of any scorer, always beside popularity and first-order Markov."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.ranking import summarise, target_ranks, top_items
+from simulations.baselines import Markov, Popularity
+from simulations.datasets.interactions import Interactions
+from simulations.splits import Kind, Split
+
+CUTOFF = 10
+"""k of HR@k, NDCG@k and coverage@k."""
+
+
+class Scorer(Protocol):
+    """Anything that scores items for users with histories."""
+
+    def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
+        """(B, A) finite floating-point scores, higher is better, for the histories of the (B,) int64 users."""
+        ...
+
+
+def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int = 256) -> dict[str, Any]:
+    """Rank every held-out item against all items that its user has not seen.
+
+    Args:
+        scorer: what to evaluate; it sees the histories before the targets, never the targets.
+        split: the population.
+        kind: which targets.
+        seed: of tie-breaking and bootstrap; the same seed gives the same result, whatever the block.
+        block: users scored at once; memory is a few times block · A numbers.
+
+    Returns:
+        ``{"users", "hr@10", "hr@10_ci95", "ndcg@10", "ndcg@10_ci95", "coverage@10"}``.
+
+    Raises:
+        ModelError: a score is not finite.
+    """
+    histories, targets = split.history(kind), split.targets(kind)
+    ties = torch.Generator().manual_seed(seed)
+    ranks, recommended = [], []
+    for start in range(0, len(targets.users), block):
+        users = targets.users[start : start + block]
+        items = torch.from_numpy(targets.items[start : start + block])
+        scores, seen = scorer.scores(histories, users), _seen(histories, users)
+        ranks.append(target_ranks(scores, items, seen, ties))
+        # Seeded afresh: every block settles the ties of its lists by the same order of items.
+        recommended.append(top_items(scores, seen, CUTOFF, torch.Generator().manual_seed(seed)))
+    size = len(histories.catalogue)
+    return summarise(torch.cat(ranks), torch.cat(recommended), size, (CUTOFF,), np.random.default_rng(seed))
+
+
+def compare(scorer: Scorer, split: Split, kind: Kind, *, seed: int) -> dict[str, Any]:
+    """The ``evaluation`` object of ``report.json``: the scorer's figures with both baselines' beside them.
+
+    Returns:
+        ``{"protocol", **evaluate(scorer), "popularity": {…}, "markov": {…}}``.
+    """
+    return {
+        "protocol": split.protocol,
+        **evaluate(scorer, split, kind, seed=seed),
+        "popularity": evaluate(Popularity(split.train), split, kind, seed=seed),
+        "markov": evaluate(Markov(split.train), split, kind, seed=seed),
+    }
+
+
+def _seen(histories: Interactions, users: np.ndarray) -> Tensor:
+    """(2, S) int64 pairs of position in `users` and item, for everything in these users' histories."""
+    starts = histories.offsets[users]
+    lengths = histories.offsets[users + 1] - starts
+    rows = np.repeat(np.arange(len(users)), lengths)
+    # Counts on within a user and jumps to the start of the next one.
+    at = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return torch.from_numpy(np.stack([rows, histories.items[at]]))

@@ -1,0 +1,51 @@
+"""A simulated population: the histories and private states of all devices, in flat arrays."""
+
+import numpy as np
+import torch
+
+from common.objective import returns_of
+from common.settings import Settings
+from common.trajectory import Trajectories, pad, rewards_of, window_starts
+from simulations.datasets.interactions import Interactions
+
+
+class Population:
+    """What N devices hold. One object plays them all; a device's row is read and written only for that device.
+
+    Attributes:
+        users: (N, w) float32 user embeddings.
+    """
+
+    def __init__(self, settings: Settings, histories: Interactions) -> None:
+        self._settings = settings
+        self._lengths = histories.lengths()
+        self._offsets = histories.offsets
+        self._items = histories.items
+        self._rewards = rewards_of(histories.ratings, settings.data.rating_range)
+        discount = settings.objective.discount
+        if discount:
+            parts = [returns_of(self._rewards[own], discount) for own in histories.slices()]
+            self._returns = np.concatenate(parts) if parts else self._rewards
+        else:
+            self._returns = self._rewards
+        self.users = torch.zeros(histories.users, settings.model.user_width)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def window_lengths(self, devices: np.ndarray) -> np.ndarray:
+        """(B,) steps that each device trains on in one round."""
+        return np.minimum(self._lengths[devices], self._settings.training.window)
+
+    def windows(self, round_: int, devices: np.ndarray) -> Trajectories:
+        """The devices' windows of one round, a batch of B."""
+        training = self._settings.training
+        starts = window_starts(training.seed, round_, devices, self._lengths[devices], training.window)
+        return pad(
+            self._items,
+            self._rewards,
+            self._returns,
+            self._offsets[devices] + starts,
+            self.window_lengths(devices),
+            training.support_fraction,
+        )

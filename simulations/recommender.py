@@ -1,0 +1,55 @@
+"""The trained model as a scorer of every item for many devices at once: what evaluation ranks by."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.local_update import adapt_users
+from common.ghost import Tape
+from common.model import Parameters, Recurrence, condition, queries
+from common.settings import Settings
+from common.trajectory import pad, rewards_of
+from simulations.datasets.interactions import Interactions
+
+_BLOCK = 32
+
+
+class PolicyScorer:
+    """Scores of π for devices that serve from their whole history and their adapted user embedding.
+
+    Args:
+        users: (N, w) the user embeddings that the devices kept.
+    """
+
+    def __init__(self, settings: Settings, parameters: Parameters, users: Tensor) -> None:
+        self._settings = settings
+        self._parameters = parameters
+        self._users = users
+
+    def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
+        """(B, A) logits of π after the last interaction of each user's history."""
+        lengths = histories.lengths()[users]
+        rewards = rewards_of(histories.ratings, self._settings.data.rating_range)
+        result = torch.empty(len(users), len(histories.catalogue))
+        by_length = np.argsort(lengths, kind="stable")
+        for start in range(0, len(users), _BLOCK):
+            block = by_length[start : start + _BLOCK]
+            result[torch.from_numpy(block)] = self._block(histories, rewards, users[block])
+        return result
+
+    def _block(self, histories: Interactions, rewards: np.ndarray, users: np.ndarray) -> Tensor:
+        lengths, starts = histories.lengths()[users], histories.offsets[users]
+        everything = pad(histories.items, rewards, rewards, starts, lengths, support_fraction=0)
+        tape = Tape(recording=False)
+        recurrence = Recurrence(self._settings.model)
+        states = recurrence.run(self._parameters, everything.items, everything.rewards, tape)
+        newest = np.minimum(lengths, self._settings.training.window)
+        window = pad(histories.items, rewards, rewards, starts + lengths - newest, newest, support_fraction=0)
+        at = torch.from_numpy(lengths - newest).unsqueeze(-1) + torch.arange(window.items.shape[1])
+        index = at.clamp(max=states.shape[1] - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        own = adapt_users(
+            self._settings, self._parameters, states.gather(1, index), window, self._users[torch.from_numpy(users)]
+        )
+        last = states[torch.arange(len(users)), torch.from_numpy(lengths)].unsqueeze(1)
+        conditioned = condition(self._parameters, last, own, tape)
+        return (queries(conditioned, self._settings.model.temperature) @ self._parameters["policy.embedding"].T)[:, 0]

@@ -1,0 +1,110 @@
+"""`fedtopk simulate`: federated training over a simulated population, from settings to a finished run folder."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import SettingsError
+from common.model import Parameters
+from common.settings import Settings
+from server.cohort import Cohort
+from server.report import build_report
+from server.run import open_training
+from server.run_folder import RunFolder
+from server.training import Progress, Training
+from simulations import datasets
+from simulations.batched_cohort import BatchedCohort
+from simulations.evaluation import compare, evaluate
+from simulations.plain_cohort import PlainCohort
+from simulations.population import Population
+from simulations.recommender import PolicyScorer
+from simulations.splits import Split, split
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a run tells of itself and is told to stop.
+
+    Attributes:
+        note: called with a sentence for the user.
+        on_round: called after each round, with a short remark on it.
+        should_stop: asked between two rounds.
+    """
+
+    note: Callable[[str], None]
+    on_round: Callable[[Progress, str], None]
+    should_stop: Callable[[], bool]
+
+
+def simulate(folder: RunFolder, watch: Watch, *, settings: Settings | None, workers: int) -> dict[str, Any]:
+    """Train, evaluate and report. Returns the report, which is also in the folder.
+
+    Args:
+        settings: of a new run; None resumes the one in the folder with its own.
+        workers: processes of the batched engine; they change the speed and nothing else.
+
+    Raises:
+        FedtopkError: whatever the user can mend. A run that was interrupted can be resumed.
+    """
+    resume = settings is None
+    settings = folder.settings() if settings is None else settings
+    if settings.aggregation.kind == "secure":
+        raise SettingsError("Expected aggregation.kind=secure only in Flower runs: choose central or plain here.")
+    data = load_split(settings)
+    for sentence in data.notes:
+        watch.note(sentence)
+    population = Population(settings, data.train)
+    with folder.open(settings, resume) as store, _cohort(settings, population, workers) as cohort:
+        training = open_training(settings, folder, store, cohort, items=len(data.train.catalogue))
+        if resume:
+            training.resume()
+        outcome = training.run(watch.should_stop, lambda progress: _tell(progress, training, data, population, watch))
+        folder.save_model(outcome.parameters)
+        evaluation = {}
+        if outcome.status != "stopped":
+            watch.note("Evaluating by full ranking, beside popularity and first-order Markov.")
+            evaluation = evaluate_model(settings, outcome.parameters, population, data)
+        report = build_report(training, outcome, evaluation)
+        folder.save_report(report)
+    return report
+
+
+def load_split(settings: Settings) -> Split:
+    """The run's interactions, cut for evaluation. Raises :class:`DataError` and :class:`SettingsError`."""
+    interactions = datasets.load(settings.data, seed=settings.training.seed)
+    items = len(interactions.catalogue)
+    if settings.objective.slate_size > items:
+        raise SettingsError(
+            f"Expected objective.slate_size={settings.objective.slate_size} to be at most the {items} items "
+            "of the catalogue."
+        )
+    return split(interactions, settings.evaluation.protocol)
+
+
+def evaluate_model(settings: Settings, parameters: Parameters, population: Population, data: Split) -> dict[str, Any]:
+    """The `evaluation` object of the report: the test targets, by full ranking, beside both baselines."""
+    scorer = PolicyScorer(settings, parameters, population.users)
+    return compare(scorer, data, "test", seed=settings.training.seed)
+
+
+@contextmanager
+def _cohort(settings: Settings, population: Population, workers: int) -> Iterator[Cohort]:
+    if settings.aggregation.kind == "plain":
+        yield PlainCohort(population)
+        return
+    with BatchedCohort(population, workers) as cohort:
+        yield cohort
+
+
+def _tell(progress: Progress, training: Training, data: Split, population: Population, watch: Watch) -> None:
+    """Record what only a simulation can see of a round, and show it."""
+    settings, metrics, remark = training.settings, progress.cohort_sum.simulation_metrics, ""
+    if metrics:
+        training.events.record("simulation", progress.round, **metrics)
+    if settings.evaluation.every and progress.round % settings.evaluation.every == 0:
+        scorer = PolicyScorer(settings, progress.parameters, population.users)
+        figures = evaluate(scorer, data, "validation", seed=settings.training.seed)
+        training.events.record("validation", progress.round, **figures)
+        remark = f"validation HR@10 {figures['hr@10']:.3f}"
+    watch.on_round(progress, remark)
