@@ -9,6 +9,7 @@ from torch import Tensor
 from client.local_update import compute_update
 from common.offer import Offer
 from common.privacy.encoding import encode
+from common.threads import one_thread
 from common.trajectory import Trajectories
 
 
@@ -33,18 +34,12 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
         device: the device's number, which labels its reproducible randomness.
         window: its own window, a batch of one.
         user: (w,) its user embedding.
-
-    One torch thread, so that the numbers do not depend on the machine's cores.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         update = compute_update(
             offer.settings, offer.parameters, window, user.unsqueeze(0), offer.negatives, offer.warm
         )
         vector = update.gradients.weighted_sum(torch.ones(1)).numpy()
-    finally:
-        torch.set_num_threads(threads)
     residues = encode(
         vector,
         offer.encoding,

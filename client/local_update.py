@@ -25,7 +25,6 @@ from common.settings import GroupScale, Settings
 from common.softmax import Negatives, log_probabilities
 from common.trajectory import Trajectories
 
-
 _SMALLEST_COEFFICIENT = 1e-6
 
 
@@ -84,9 +83,9 @@ def compute_update(
     support = _take(trajectories, torch.arange(support_end).expand(len(users), -1), trajectories.support)
     users = _adapt(loss, parameters, states[:, :support_end].detach(), support, users)
 
-    newest = int((trajectories.lengths - trajectories.support).max())
-    index = trajectories.support.unsqueeze(-1) + torch.arange(newest)
-    query = _take(trajectories, index.clamp(max=trajectories.items.shape[1] - 1), trajectories.lengths - trajectories.support)
+    newer = trajectories.lengths - trajectories.support
+    index = trajectories.support.unsqueeze(-1) + torch.arange(int(newer.max()))
+    query = _take(trajectories, index.clamp(max=trajectories.items.shape[1] - 1), newer)
     at = index.clamp(max=states.shape[1] - 1)
     if settings.training.local_steps > 1:
         return _several_steps(loss, parameters, trajectories, query, at, users)
@@ -140,7 +139,11 @@ class _Loss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) each user's loss: the policy's, and β's mean cross-entropy on every logged step."""
         loss, log_pi, log_beta, c = self.policy(parameters, states, steps, users, tape)
-        metrics = {"policy_loss": loss, "log_pi": mean_over(log_pi, steps.mask), "coefficient": mean_over(c, steps.mask)}
+        metrics = {
+            "policy_loss": loss,
+            "log_pi": mean_over(log_pi, steps.mask),
+            "coefficient": mean_over(c, steps.mask),
+        }
         if log_beta is not None:
             behaviour_loss = -mean_over(log_beta, steps.mask)
             metrics |= {"behaviour_loss": behaviour_loss}
@@ -179,13 +182,14 @@ def _several_steps(
         return per_user.sum(), metrics
 
     step = vmap(grad(loss_of_one, has_aux=True))
-    arguments = (trajectories.items, trajectories.rewards, at, users)
-    arguments += (query.items, query.rewards, query.returns, query.mask)
+    steps = (query.items, query.rewards, query.returns, query.mask)
+    arguments = (trajectories.items, trajectories.rewards, at, users, *steps)
     own = {name: value.expand(len(users), *value.shape) for name, value in parameters.items()}
     path = {name: torch.zeros(len(users), *value.shape) for name, value in parameters.items()}
-    for number in range(training.local_steps):
+    metrics: dict[str, Tensor] = {}
+    for _ in range(training.local_steps):
         gradients, seen = step(own, *arguments)
-        metrics = seen if number == 0 else metrics
+        metrics = metrics or seen  # of the first step, as with a single one
         path = {name: path[name] + gradients[name] for name in path}
         own = {name: own[name] - training.local_learning_rate * gradients[name] for name in own}
     scale = loss.settings.privacy.group_scale
@@ -228,7 +232,7 @@ class _GhostGradients:
     @torch.no_grad()
     def weighted_sum(self, weights: Tensor) -> Tensor:
         total = torch.zeros(sum(shape.numel() for shape in self.shapes.values()), dtype=weights.dtype)
-        parts = total.split([shape.numel() for shape in self.shapes.values()])
+        parts = torch.split(total, [shape.numel() for shape in self.shapes.values()])
         views = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
         for use, deltas in self.recorded:
             use.add_sum(deltas, weights * self._factor(use.weight), views[use.weight])
@@ -242,7 +246,7 @@ class _FormedGradients:
     flat: Tensor
 
     def norms(self) -> Tensor:
-        return self.flat.norm(dim=1)
+        return torch.linalg.vector_norm(self.flat, dim=1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return weights @ self.flat

@@ -19,7 +19,6 @@ The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the
 moves does not have to replay its history, and one new interaction advances the state in O(1).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +46,7 @@ def shapes(model: ModelSettings, items: int, estimator: Estimator) -> dict[str, 
         "cell.gates": (2 * n, x + 1 + n),
         "cell.candidate": (n, x) if model.cell == "cfn" else (n, x + 1 + n),
         "user.projection": (n, model.user_width),
-    } | {head: (items, n + 1) for head in heads}
+    } | dict.fromkeys(heads, (items, n + 1))
 
 
 def group_of(name: str) -> Group:
@@ -95,7 +94,7 @@ def flatten(parameters: Parameters) -> Tensor:
 
 def unflatten(vector: Tensor, expected: dict[str, tuple[int, int]]) -> Parameters:
     """The inverse of :func:`flatten`."""
-    parts = vector.split([rows * columns for rows, columns in expected.values()])
+    parts = torch.split(vector, [rows * columns for rows, columns in expected.values()])
     return {name: part.reshape(shape) for (name, shape), part in zip(expected.items(), parts, strict=True)}
 
 
@@ -129,17 +128,15 @@ class Recurrence:
         weight = parameters["cell.gates"]
         gates = tape.watch(biased @ weight[:, :-width].T)
         candidate = tape.watch(inputs @ parameters["cell.candidate"].T)
-        recurrent, drive = weight[:, -width:].T, torch.tanh(candidate)
-
-        def advance(step: int, state: Tensor) -> Tensor:
-            keep, take = torch.sigmoid(gates[:, step] + state @ recurrent).chunk(2, -1)
-            return keep * torch.tanh(state) + take * drive[:, step]
-
-        states = _unroll(advance, state, inputs.shape[1])
-        before = states[:, :-1]
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, before], -1), gates))
+        recurrent = weight[:, -width:].T
+        states = [state]
+        # unbind, not an index per step: each index would add a whole (B, T, ·) gradient to the backward pass.
+        for gate, drive in zip(gates.unbind(1), torch.tanh(candidate).unbind(1), strict=True):
+            keep, take = torch.sigmoid(torch.addmm(gate, states[-1], recurrent)).chunk(2, -1)
+            states.append(keep * torch.tanh(states[-1]) + take * drive)
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, torch.stack(states[:-1], 1)], -1), gates))
         tape.uses.append(Dense("cell.candidate", inputs, candidate))
-        return states
+        return torch.stack(states, 1)
 
     def _gru(self, parameters: Parameters, inputs: Tensor, biased: Tensor, state: Tensor, tape: Tape) -> Tensor:
         """Gated recurrent unit (Cho et al. 2014): the reset gate acts on the state before the candidate's matrix."""
@@ -148,24 +145,16 @@ class Recurrence:
         gates = tape.watch(biased @ gate_weight[:, :-width].T)
         candidate = tape.watch(biased @ candidate_weight[:, :-width].T)
         gate_recurrent, candidate_recurrent = gate_weight[:, -width:].T, candidate_weight[:, -width:].T
-        resets: list[Tensor] = []
-
-        def advance(step: int, state: Tensor) -> Tensor:
-            keep, reset = torch.sigmoid(gates[:, step] + state @ gate_recurrent).chunk(2, -1)
-            resets.append(reset * state)
-            return keep * state + (1 - keep) * torch.tanh(candidate[:, step] + resets[-1] @ candidate_recurrent)
-
-        states = _unroll(advance, state, inputs.shape[1])
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, states[:, :-1]], -1), gates))
+        states, resets = [state], []
+        for gate, drive in zip(gates.unbind(1), candidate.unbind(1), strict=True):
+            keep, reset = torch.sigmoid(torch.addmm(gate, states[-1], gate_recurrent)).chunk(2, -1)
+            resets.append(reset * states[-1])
+            fresh = torch.tanh(torch.addmm(drive, resets[-1], candidate_recurrent))
+            states.append(keep * states[-1] + (1 - keep) * fresh)
+        before = torch.stack(states[:-1], 1)
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, before], -1), gates))
         tape.uses.append(Dense("cell.candidate", torch.cat([biased, torch.stack(resets, 1)], -1), candidate))
-        return states
-
-
-def _unroll(advance: Callable[[int, Tensor], Tensor], state: Tensor, steps: int) -> Tensor:
-    states = [state]
-    for step in range(steps):
-        states.append(advance(step, states[-1]))
-    return torch.stack(states, 1)
+        return torch.stack(states, 1)
 
 
 def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape) -> Tensor:

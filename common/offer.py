@@ -8,7 +8,7 @@ import numpy as np
 from common.model import Parameters
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
-from common.privacy.rotation import signs
+from common.privacy.rotation import random_signs
 from common.settings import Settings
 from common.softmax import Negatives, draw_negatives
 
@@ -48,7 +48,7 @@ class Offer:
     @cached_property
     def signs(self) -> np.ndarray:
         """The round's public random signs of the rotation."""
-        return signs(self.encoding.dimension, seeded_stream(self.settings.training.seed, "rotation", self.round))
+        return random_signs(self.encoding.dimension, seeded_stream(self.settings.training.seed, "rotation", self.round))
 
     def stream(self, *labels: str | int) -> Stream:
         """Randomness for rounding and noise: the operating system's, unless the run is reproducible.

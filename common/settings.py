@@ -88,7 +88,7 @@ class ObjectiveSettings(_Section):
     warmup_rounds: int = Field(0, ge=0)
     """First rounds in which the correction rests (w = λ = 1) while β learns."""
     softmax: Literal["full", "sampled"] = "sampled"
-    negatives: int = Field(256, ge=1)
+    negatives: int = Field(1024, ge=1)
     """Shared negatives a round, drawn log-uniformly with replacement, for the sampled softmax."""
 
 
@@ -111,13 +111,13 @@ class TrainingSettings(_Section):
     user_steps: int = Field(2, ge=0)
     """Local gradient steps on the user embedding."""
     user_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
-    user_weight_decay: float = Field(1.0, ge=0, allow_inf_nan=False)
+    user_weight_decay: float = Field(3.0, ge=0, allow_inf_nan=False)
     """Pull of the user embedding towards 0: without it, it learns the device's own history by heart."""
     local_steps: int = Field(1, ge=1)
     """Local gradient steps on the shared part; above 1 a model per device is held in memory."""
     local_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adam"
-    learning_rate: float = Field(0.01, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(0.004, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(1, ge=1)

@@ -10,6 +10,7 @@ Jensen's inequality, by O(1/m): ``tests/unit/test_softmax.py`` holds both statem
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Negatives:
 def log_uniform(items: int) -> np.ndarray:
     """(A,) probabilities Q(k) = log((k+2)/(k+1)) / log(A+1) of items ordered by falling frequency."""
     k = np.arange(items, dtype=np.float64)
-    return np.log1p(1 / (k + 1)) / np.log(items + 1)
+    return np.asarray(np.log1p(1 / (k + 1)) / np.log(items + 1))
 
 
 def draw_negatives(items: int, draws: int, generator: np.random.Generator) -> Negatives:
@@ -66,13 +67,39 @@ def log_probabilities(
     if negatives is None:
         logits = tape.watch(queries @ weight.T)
         tape.uses.append(Dense(name, queries, logits))
-        return logits.gather(-1, items.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        return _ItemLogSoftmax.apply(logits, items)  # type: ignore[no-any-return, no-untyped-call]
     drawn = tape.watch(queries @ weight[negatives.ids].T)
     own = tape.watch((queries * weight[items]).sum(-1))
     column = negatives.column[items]
     tape.uses.append(Sampled(name, queries, negatives.ids, items, column, drawn, own))
     corrected = _without_hits(drawn + negatives.log_weights, column)
     return own - torch.logaddexp(own, corrected.logsumexp(-1))
+
+
+class _ItemLogSoftmax(torch.autograd.Function):
+    """log softmax(logits)[items] with one pass over the logits each way: they are most of the memory traffic.
+
+    Autograd's own chain would write the (B, T, A) gradient three times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, items: Tensor) -> Tensor:
+        return logits.gather(-1, items.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, items, log_probability = ctx.saved_tensors
+        (gradient,) = gradients
+        at = items.unsqueeze(-1)
+        log_normaliser = logits.gather(-1, at) - log_probability.unsqueeze(-1)
+        delta = (logits - log_normaliser).exp_().mul_(-gradient.unsqueeze(-1))
+        return delta.scatter_add_(-1, at, gradient.unsqueeze(-1)), None
 
 
 def _without_hits(logits: Tensor, column: Tensor) -> Tensor:

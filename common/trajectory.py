@@ -35,7 +35,7 @@ def rewards_of(ratings: np.ndarray, rating_range: tuple[float, float]) -> np.nda
     """Map ratings linearly from the declared range to rewards in [-5, 5], float32 of the same shape."""
     low, high = rating_range
     unit = (np.asarray(ratings, dtype=np.float64) - low) / (high - low)
-    return (LOWEST_REWARD + unit * (HIGHEST_REWARD - LOWEST_REWARD)).astype(np.float32)
+    return np.asarray(LOWEST_REWARD + unit * (HIGHEST_REWARD - LOWEST_REWARD), dtype=np.float32)
 
 
 def window_starts(seed: int, round_: int, devices: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
@@ -52,7 +52,7 @@ def window_starts(seed: int, round_: int, devices: np.ndarray, lengths: np.ndarr
     for word in (np.uint64(round_), devices.astype(np.uint64)):
         bits = _mix(bits ^ word)
     places = np.maximum(lengths - window, 0).astype(np.uint64) + np.uint64(1)
-    return (_mix(bits) % places).astype(np.int64)
+    return np.asarray(_mix(bits) % places, dtype=np.int64)
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
@@ -60,7 +60,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
         bits = bits + np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return bits ^ (bits >> np.uint64(31))
+        return np.asarray(bits ^ (bits >> np.uint64(31)))
 
 
 def pad(

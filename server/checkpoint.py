@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from hashlib import sha256
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from common.errors import CheckpointError, RunError
-from server.durable import TEMPORARY, make_folder, write_file
+from server.durable import TEMPORARY, make_folder, replacing
 from server.tensor_tree import flatten, unflatten
 
 FORMAT = "fedtopk-checkpoint"
@@ -56,10 +57,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """
     make_folder(folder)
     path = folder / f"round-{checkpoint.round:06d}.safetensors"
-    write_file(path, _to_bytes(checkpoint))
+    _write(path, checkpoint)
     outdated = [old for _, old in _list(folder)[:-keep]]
     try:
-        for leftover in (*outdated, *folder.glob(f"{TEMPORARY}round-*")):
+        for leftover in (*outdated, *folder.glob(f"{TEMPORARY}*")):
             leftover.unlink()
     except OSError as error:
         raise RunError(f"Expected old files in {folder} to be removable: {error.strerror}.") from None
@@ -84,7 +85,7 @@ def load(path: Path) -> Checkpoint:
     except OSError as error:
         raise RunError(f"Expected {path} to be readable: {error.strerror}.") from None
     try:
-        return _from_bytes(data)
+        return _parse(data)
     except CheckpointError as error:
         raise CheckpointError(f"Expected {path} to be a checkpoint: {error}; {_remedy(path)}.") from None
 
@@ -101,7 +102,7 @@ def _list(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches)
 
 
-def _to_bytes(checkpoint: Checkpoint) -> bytes:
+def _write(path: Path, checkpoint: Checkpoint) -> None:
     parts = {"model": checkpoint.model, "optimizer": checkpoint.optimizer, "extra": checkpoint.extra}
     tree, tensors = flatten(parts)
     metadata = {
@@ -112,11 +113,16 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "metadata": json.dumps(checkpoint.metadata),
         "sha256": _UNSEALED,
     }
-    data = safetensors.torch.save(tensors, metadata)
-    return data.replace(_seal(_UNSEALED), _seal(sha256(data).hexdigest()), 1)
+    with replacing(path) as temporary:
+        # Sealed in the file, not in memory: another copy of the tensors would take longer than all the rest.
+        safetensors.torch.save_file(tensors, temporary, metadata)
+        with temporary.open("r+b") as file, mmap(file.fileno(), 0) as content:
+            seal = _seal(sha256(content).hexdigest())
+            start = content.find(_seal(_UNSEALED))
+            content[start : start + len(seal)] = seal
 
 
-def _from_bytes(data: bytes) -> Checkpoint:
+def _parse(data: bytes) -> Checkpoint:
     metadata = _metadata(data)
     if metadata.get("format") != FORMAT:
         raise CheckpointError("another program made it")

@@ -17,7 +17,8 @@ class CohortSum:
     Attributes:
         total: (d,) float64, sum of the clipped updates in the scale of `privacy.group_scale`, plus noise of exactly
             `encoding.variance` per rotated coordinate, whatever the cohort.
-        roster, survivors: members that were asked for an update, and members that the sum is made of; known to the server, no part of what is released.
+        roster, survivors: members that were asked for an update, and members that the sum is made of; known to the
+            server, no part of what is released.
         bytes_up, bytes_down: sent by and to one device, if anything was sent.
         metrics: means over the cohort that only a simulation may look at.
     """

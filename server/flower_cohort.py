@@ -54,7 +54,7 @@ class FlowerCohort:
         survivors, bytes_up, reasons = 0, 0, []
         for reply in self._exchange(messages):
             if reply.has_error():
-                reasons.append(reply.error.reason)
+                reasons.append(str(reply.error.reason))
                 continue
             update = read_update(reply, offer.encoding)
             add_residues(residues, update, offer.encoding.bits)

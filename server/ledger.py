@@ -17,7 +17,7 @@ devices that uploaded to an attempt are out of it all the same, so ε_server cou
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, update
 
@@ -93,6 +93,8 @@ class Ledger(LedgerReader):
         noise_multiplier: z of every release of this run.
         rate: q of every release of this run.
         allowed_releases: how many releases the budget allows; None for no limit.
+        repeatable: whether a round that is run again releases the very same numbers (seeded randomness). It then tells
+            nobody anything new, and is not charged again.
         budget: that budget in words for the one who hits it, such as ``ε_model=8 at δ=1e-05``.
         clock: seconds since the epoch.
 
@@ -108,6 +110,7 @@ class Ledger(LedgerReader):
         rate: float,
         allowed_releases: int | None,
         budget: str,
+        repeatable: bool,
         clock: Callable[[], float],
     ) -> None:
         super().__init__(store)
@@ -115,6 +118,7 @@ class Ledger(LedgerReader):
         self._rate = rate
         self._allowed_releases = allowed_releases
         self._budget = budget
+        self._repeatable = repeatable
         self._clock = clock
         self._check_mechanism()
 
@@ -127,6 +131,8 @@ class Ledger(LedgerReader):
         """
         with self._store.transaction() as connection:
             newest = _newest(connection, round)
+            if self._repeats(newest):
+                return newest.attempt
             spent = _count(connection, _charged())
             needed = spent if newest is not None and newest.state != "released" else spent + 1
             if self._allowed_releases is not None and needed > self._allowed_releases:
@@ -176,6 +182,8 @@ class Ledger(LedgerReader):
     def _mark(self, round: int, attempt: int, state: State, allowed: tuple[State, ...]) -> None:
         with self._store.transaction() as connection:
             newest = _newest(connection, round)
+            if self._repeats(newest):
+                return
             if newest is None or newest.attempt != attempt or newest.state not in allowed:
                 found = "not reserved" if newest is None else f"{newest.state} in attempt {newest.attempt}"
                 raise RunError(
@@ -184,6 +192,9 @@ class Ledger(LedgerReader):
                 )
             key = (ledger_table.c.round == round, ledger_table.c.attempt == attempt)
             connection.execute(update(ledger_table).where(*key).values({f"{state}_at": self._clock()}))
+
+    def _repeats(self, newest: Entry | None) -> TypeGuard[Entry]:
+        return self._repeatable and newest is not None and newest.state == "released"
 
     def _check_mechanism(self) -> None:
         columns = (ledger_table.c.noise_multiplier, ledger_table.c.rate)

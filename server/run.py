@@ -31,6 +31,7 @@ def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: C
         rate=settings.training.cohort_rate,
         allowed_releases=budget.allowed_releases,
         budget=budget.words,
+        repeatable=settings.reproducible,
         clock=time.time,
     )
     return Training(settings, parameters, cohort, budget, ledger, Events(store, time.time), folder.checkpoints)

@@ -8,13 +8,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import RunError
 from common.model import Parameters
 from common.settings import Settings, load_settings
-from server.durable import write_file
+from server.durable import replacing
 from server.store import Store, open_store
 
 
@@ -48,10 +48,13 @@ class RunFolder:
         if resume:
             return open_store(self.path)
         if self.settings_file.exists():
-            raise RunError(f"Expected {self.path} to hold no run yet: pass --resume to go on with it, or another --out.")
+            raise RunError(
+                f"Expected {self.path} to hold no run yet: go on with it by --resume, or pick another --out."
+            )
         store = open_store(self.path)
         try:
-            write_file(self.settings_file, settings.to_toml().encode())
+            with replacing(self.settings_file) as file:
+                file.write_text(settings.to_toml(), encoding="utf-8")
         except BaseException:
             store.close()
             raise
@@ -65,7 +68,8 @@ class RunFolder:
 
     def save_model(self, parameters: Parameters) -> None:
         """Write the shared model, atomically."""
-        write_file(self.model_file, to_bytes({name: value.contiguous() for name, value in parameters.items()}))
+        with replacing(self.model_file) as file:
+            save_file({name: value.contiguous() for name, value in parameters.items()}, file)
 
     def load_model(self) -> dict[str, Tensor]:
         """The shared model of a run that ended. Raises :class:`RunError`."""
@@ -78,4 +82,5 @@ class RunFolder:
 
     def save_report(self, report: Mapping[str, Any]) -> None:
         """Write ``report.json``, atomically."""
-        write_file(self.report_file, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        with replacing(self.report_file) as file:
+            file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -95,10 +95,9 @@ class Store:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            raise RunError(f"Expected {self._path} to be a usable database of a run: {error.orig}.") from None
-        except sqlite3.Error as error:  # from our own `connect`
-            raise RunError(f"Expected {self._path} to be a usable database of a run: {error}.") from None
+        except (DBAPIError, sqlite3.Error) as error:
+            reason = error.orig if isinstance(error, DBAPIError) else error
+            raise RunError(f"Expected {self._path} to be a usable database of a run: {reason}.") from None
 
     def _create_if_empty(self) -> None:
         with self.transaction() as connection:

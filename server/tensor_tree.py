@@ -5,18 +5,25 @@ An optimizer's ``state_dict`` is such a tree. Its shape differs from one optimiz
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
 def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Part ``tree`` into a JSON value and tensors named by their path, such as ``model.items.weight``.
 
-    Tensors are copied: safetensors refuses those that share memory. Raises :class:`TypeError` for a leaf that is
-    neither a tensor nor None, bool, int, float or str.
+    The tensors are contiguous and share no memory with each other, as safetensors wants them; a tensor that is so
+    already is not copied. Raises :class:`TypeError` for a leaf that is neither a tensor nor None, bool, int, float or
+    str.
     """
     tensors: dict[str, Tensor] = {}
-    return _encode(tree, "", tensors), tensors
+    json_value = _encode(tree, "", tensors)
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages:
+            tensors[name] = tensor.clone()
+        storages.add(storage)
+    return json_value, tensors
 
 
 def unflatten(json_value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -36,7 +43,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while path in tensors:  # {"a.b": …, "a": {"b": …}} lead to the same path
             path += "'"
-        tensors[path] = value.detach().clone(memory_format=torch.contiguous_format)
+        tensors[path] = value.detach().contiguous()
         return {"tensor": path}
     prefix = f"{path}." if path else ""
     if isinstance(value, dict):  # pairs, since JSON's own keys would turn 0 into "0"

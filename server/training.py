@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from common.errors import AggregationError, BudgetExceeded, RunError
+from common.errors import AggregationError, BudgetExceeded
 from common.model import Parameters, check_parameters, group_of, unflatten
 from common.offer import Offer
 from common.privacy.budget import Budget
@@ -86,14 +86,15 @@ class Training:
     def __post_init__(self) -> None:
         self._model = {name: torch.nn.Parameter(value.clone()) for name, value in self.parameters.items()}
         self._optimizer = make_optimizer(self.settings.training, list(self._model.values()))
-        self._round = self._client_updates = self._dropouts = 0
+        self._round = self._saved = self._client_updates = self._dropouts = 0
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint. Raises :class:`RunError` where there is none or it does not fit."""
+        """Go on from the newest checkpoint, or from the start where there is none.
+
+        Raises :class:`CheckpointError` and :class:`ModelError` where it is damaged or does not fit.
+        """
         checkpoint = load_latest(self.checkpoints)
         if checkpoint is None:
-            if self.ledger.model_releases:
-                raise RunError(f"Expected a checkpoint in {self.checkpoints}: rounds were released, but none is left.")
             return
         check_parameters(checkpoint.model, {name: tuple(value.shape) for name, value in self._model.items()})  # type: ignore[misc]
         with torch.no_grad():
@@ -101,7 +102,7 @@ class Training:
                 self._model[name].copy_(value)
         self._optimizer.load_state_dict(checkpoint.optimizer)
         self.cohort.restore(checkpoint.extra)
-        self._round = checkpoint.round
+        self._round = self._saved = checkpoint.round
         self._client_updates = int(checkpoint.metadata["client_updates"])
         self._dropouts = int(checkpoint.metadata["dropouts"])
         self.ledger.reconcile(checkpoint.round)
@@ -115,19 +116,21 @@ class Training:
         while self._round < self.settings.training.rounds:
             if should_stop():
                 status = "stopped"
-                self._checkpoint()
                 break
             start = time.perf_counter()
             try:
                 members, cohort_sum = self._one_round(self._round + 1)
-            except BudgetExceeded as error:
-                self.events.record("budget spent", self._round, reason=str(error))
+            except BudgetExceeded:
                 status = "budget spent"
                 break
+            except AggregationError:
+                self._checkpoint()
+                raise
             spent = time.perf_counter() - start
             seconds += spent
             bytes_up, bytes_down = cohort_sum.bytes_up or bytes_up, cohort_sum.bytes_down or bytes_down
             on_round(Progress(self._round, self.current(), members, spent, cohort_sum))
+        self._checkpoint()
         self.events.record(status, self._round)
         return Outcome(
             status,
@@ -164,7 +167,7 @@ class Training:
         self._round = number
         self._client_updates += cohort_sum.survivors
         self._dropouts += cohort_sum.roster - cohort_sum.survivors
-        if number % self.settings.training.checkpoint_every == 0 or number == self.settings.training.rounds:
+        if number % self.settings.training.checkpoint_every == 0:
             self._checkpoint()
         # Until here only this process has seen the new model; from here on it counts as released.
         self.ledger.released(number, attempt)
@@ -181,9 +184,13 @@ class Training:
         self._optimizer.step()
 
     def _checkpoint(self) -> None:
+        """Write the state after the last completed round, unless it is written."""
+        if self._saved == self._round:
+            return
         metadata = {"client_updates": str(self._client_updates), "dropouts": str(self._dropouts)}
         state = self._optimizer.state_dict()
         save(self.checkpoints, Checkpoint(self._round, self.current(), state, self.cohort.state(), metadata))
+        self._saved = self._round
 
 
 def make_optimizer(training: TrainingSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -195,5 +202,5 @@ def make_optimizer(training: TrainingSettings, parameters: list[torch.nn.Paramet
         "adagrad": torch.optim.Adagrad,
         "rmsprop": torch.optim.RMSprop,
     }
-    options = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    return kinds[training.optimizer](parameters, **options)  # type: ignore[call-arg]
+    options: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    return kinds[training.optimizer](parameters, **options)

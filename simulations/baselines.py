@@ -5,7 +5,7 @@ Both answer ``scores(histories, users)`` as every scorer of :mod:`simulations.ev
 
 import numpy as np
 import torch
-from scipy import sparse  # type: ignore[import-untyped]
+from scipy import sparse
 from torch import Tensor
 
 from simulations.datasets.interactions import Interactions

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing.queues import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +26,7 @@ from common.model import Parameters, flatten, unflatten
 from common.offer import Offer
 from common.privacy.clipping import clip_factor
 from common.privacy.encoding import release_central
+from common.threads import one_thread
 from common.trajectory import Trajectories
 from server.cohort import CohortSum
 from simulations.population import Population
@@ -93,8 +95,9 @@ class BatchedCohort:
         if self._pool is not None:
             yield from self._pool.compute(offer, jobs, fixed)
             return
-        for job in jobs:
-            yield _compute_block(offer, *job, fixed)
+        with one_thread():
+            for job in jobs:
+                yield _compute_block(offer, *job, fixed)
 
 
 def fixed_point_scale(clip_norm: float) -> float:
@@ -105,11 +108,11 @@ def fixed_point_scale(clip_norm: float) -> float:
 def _compute_block(
     offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray
 ) -> _Block:
-    """Compute one block with one torch thread and add its clipped sum to `fixed`."""
+    """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
     clip = offer.settings.privacy.clip_norm
     update = compute_update(offer.settings, offer.parameters, windows, users, offer.negatives, offer.warm)
     norms = update.gradients.norms()
-    total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)))
+    total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
     scaled = total.double().mul_(fixed_point_scale(clip)).round_()
     if not bool((scaled.abs() < 2.0**52).all()):
         raise AggregationError(
@@ -158,8 +161,8 @@ class _Pool:
 
     def _start(self, offer: Offer) -> None:
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
-        self._shared = flatten(offer.parameters).clone().share_memory_()
-        self._sums = torch.zeros(self._workers, len(self._shared), dtype=torch.int64).share_memory_()
+        self._shared = _shared(flatten(offer.parameters))
+        self._sums = _shared(torch.zeros(self._workers, len(self._shared), dtype=torch.int64))
         context = multiprocessing.get_context("spawn")
         slots = context.SimpleQueue()
         for slot in range(self._workers):
@@ -173,7 +176,12 @@ class _Pool:
             self._executor.shutdown(wait=wait, cancel_futures=True)
 
 
-def _start_worker(shared: Tensor, sums: Tensor, shapes: dict[str, tuple[int, int]], slots: "_Slots") -> None:
+def _shared(values: Tensor) -> Tensor:
+    values.share_memory_()  # type: ignore[no-untyped-call]
+    return values
+
+
+def _start_worker(shared: Tensor, sums: Tensor, shapes: dict[str, tuple[int, int]], slots: "SimpleQueue[int]") -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     torch.set_num_threads(1)
@@ -187,7 +195,6 @@ class _Worker:
 
 
 _worker: _Worker
-_Slots = multiprocessing.SimpleQueue  # type: ignore[type-arg]
 
 
 def _work(light: Offer, job: tuple[np.ndarray, Trajectories, Tensor]) -> _Block:

@@ -1,6 +1,5 @@
 """The `fedtopk` command."""
 
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -8,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.table import Table
-from typer.core import click
 
 from common.console import Format, answer, stderr
 from common.errors import FedtopkError, SettingsError
@@ -27,8 +26,8 @@ data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one setting; repeatable.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings; what it lacks is default.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; what it lacks is default.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
@@ -84,7 +83,7 @@ def export(
     to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write into; made where missing.")],
     format: FormatOption = "text",
 ) -> None:
-    """Write a run's shared model for other programs: safetensors, the catalogue as csv, and a description."""
+    """Write a run's shared model for other programs: safetensors, the catalogue as csv, the settings."""
     from simulations.export import export_run
 
     written = export_run(RunFolder(run), to)

@@ -35,7 +35,7 @@ class Population:
 
     def window_lengths(self, devices: np.ndarray) -> np.ndarray:
         """(B,) steps that each device trains on in one round."""
-        return np.minimum(self._lengths[devices], self._settings.training.window)
+        return np.asarray(np.minimum(self._lengths[devices], self._settings.training.window))
 
     def windows(self, round_: int, devices: np.ndarray) -> Trajectories:
         """The devices' windows of one round, a batch of B."""

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import PrivacyError
 from common.privacy.accounting import (
     contributions,
     default_delta,
@@ -13,8 +14,11 @@ from common.privacy.accounting import (
     noise_multiplier_for,
     releases_within,
 )
-from common.privacy.encoding import Encoding, choose_encoding
+from common.privacy.encoding import Encoding
 from common.settings import Settings
+
+_LARGEST_DELTA_LOSS = 1e-3
+"""Part of δ that is set aside for what encodings lose; the same for every number of releases, so that figures agree."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,13 @@ class Budget:
         if not self.settings.private:
             return statement
         honest, rate = self.encoding.honest, self.settings.training.cohort_rate
-        multiplier = effective_multiplier(self.encoding, self.noise_multiplier)
+        multiplier, delta = effective_multiplier(self.encoding), spendable_delta(self.delta, self.encoding, releases)
         return statement | {
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "releases": releases,
-            "epsilon_model": epsilon_model(multiplier, rate, releases, self.delta),
-            "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, uploads), self.delta),
+            "epsilon_model": epsilon_model(multiplier, rate, releases, delta),
+            "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, uploads), delta),
             "epsilon_server_holds_under": "secure aggregation",
             "target_epsilon": privacy.target_epsilon,
             "noise": "seeded, not private" if privacy.randomness == "seeded" else "cryptographic",
@@ -71,17 +75,42 @@ def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
 
     Raises :class:`~common.errors.PrivacyError` where the target cannot be met.
     """
-    privacy, training = settings.privacy, settings.training
+    privacy, training, aggregation = settings.privacy, settings.training, settings.aggregation
     delta = privacy.delta or default_delta(devices)
-    multiplier, allowed = 0.0, None
+    multiplier = 0.0
     if settings.private:
         multiplier = privacy.noise_multiplier or noise_multiplier_for(
-            privacy.target_epsilon, training.cohort_rate, training.rounds, delta
+            privacy.target_epsilon, training.cohort_rate, training.rounds, delta * (1 - _LARGEST_DELTA_LOSS)
         )
-    encoding = choose_encoding(settings, devices, dimension, multiplier)
-    if settings.private:
-        effective = effective_multiplier(encoding, multiplier)
-        allowed = releases_within(
-            privacy.target_epsilon, effective, training.cohort_rate, delta, at_most=training.rounds
-        )
+    encoding = Encoding.choose(
+        dimension,
+        privacy.clip_norm if math.isfinite(privacy.clip_norm) else 1.0,  # unclipped sums are never encoded
+        multiplier,
+        cohort=training.cohort_rate * devices,
+        honest=1 - aggregation.corrupt_fraction - aggregation.dropout_fraction,
+        bits=aggregation.bits,
+        central=aggregation.kind == "central",
+    )
+    if not settings.private:
+        return Budget(settings, multiplier, delta, encoding, None)
+    # A multiplier that was asked for may leave room for rounds that a crash makes necessary again.
+    at_most = 2 * training.rounds if privacy.noise_multiplier else training.rounds
+    left = spendable_delta(delta, encoding, at_most)
+    allowed = releases_within(
+        privacy.target_epsilon, effective_multiplier(encoding), training.cohort_rate, left, at_most
+    )
     return Budget(settings, multiplier, delta, encoding, allowed)
+
+
+def spendable_delta(delta: float, encoding: Encoding, releases: int) -> float:
+    """What is left of δ for the mechanism after what the encoding of so many releases loses.
+
+    Raises :class:`PrivacyError` where that is more than a thousandth of δ.
+    """
+    loss = releases * encoding.delta_loss
+    if loss > _LARGEST_DELTA_LOSS * delta:
+        raise PrivacyError(
+            f"Expected privacy.delta={delta:.3g} to be well above the {loss:.3g} that {releases} releases lose "
+            "in their encoding: raise it, or train fewer rounds."
+        )
+    return delta * (1 - _LARGEST_DELTA_LOSS)

@@ -36,16 +36,16 @@ class Stream:
 
     def words(self, n: int) -> NDArray[np.uint64]:
         """`n` independent words, uniform on [0, 2^64)."""
-        words = np.empty(n, np.dtype("<u8"))
-        view = memoryview(words).cast("B")
+        content = bytearray(8 * n)
+        view = memoryview(content)
         for start in range(0, len(view), len(_TILE)):
             piece = view[start : start + len(_TILE)]
             self._encryptor.update_into(_TILE[: len(piece)], piece)
-        return words.astype(np.uint64, copy=False)
+        return np.frombuffer(content, "<u8").astype(np.uint64, copy=False)
 
     def uniform(self, n: int) -> NDArray[np.float64]:
         """`n` independent multiples of 2^-53, uniform on [0, 1); one word each."""
-        return (self.words(n) >> np.uint64(11)) * 2.0**-53
+        return (self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def system_stream() -> Stream:

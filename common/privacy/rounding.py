@@ -40,8 +40,9 @@ def stochastic_round(x: NDArray[np.float64], stream: Stream) -> NDArray[np.int64
     Two vectors x and x + v rounded with the same w differ by the stochastic rounding of v: with w' the fractional
     part of x + w, itself uniform, the difference is ⌊w' + v⌋.
     """
-    if not np.all(np.abs(x) < _LIMIT):
-        raise PrivacyError(f"Expected every scaled coordinate to be below 2^31, got {np.abs(x).max()}.")
+    largest = max(x.max(), -x.min())
+    if not largest < _LIMIT:
+        raise PrivacyError(f"Expected every scaled coordinate to be below 2^31, got {largest}.")
     fixed = (x * 2.0**_FRACTION_BITS).astype(np.int64)
     fixed += stream.words(-(-len(x) // 2)).view(np.uint32)[: len(x)]
     fixed >>= _FRACTION_BITS

@@ -9,9 +9,9 @@ Sampling is inverse transform: X is the smallest k with U < P(X ≤ k), for U a 
 2^40 or fewer; then three more words complete U and the comparison is made with all 256 bits.
 
 Guarantee: one draw is within :data:`TOTAL_VARIATION` = 2^-230 of Skellam(v) in total variation, given uniform words.
-For v ≤ 2^36 there are fewer than 2^24 thresholds. Rounding each one down to 2^-256 moves 2^-232 at most, the two
-truncated tails hold less than 2^-259, and the errors of the recurrence and of its normalisation (64 guard bits) stay
-below 2^-270. Tests: ``test_skellam.py::test_table_*``, by exact moments and against scipy.
+For v ≤ 2^36 there are fewer than 2^24 thresholds. Rounding each one to a multiple of 2^-256 moves 2^-232 at most, the
+two truncated tails hold less than 2^-254, and the errors of the recurrence and of its normalisation (64 guard bits)
+stay below 2^-270. Tests: ``test_skellam.py::test_table_*``, by exact moments and against scipy.
 
 What that costs: if N draws of a run were exact, the run would be (ε, δ)-private, so with the table it is
 (ε, δ + (1 + e^ε) N 2^-230)-private. :data:`DELTA_LOSS` is that loss for one release.
@@ -55,7 +55,7 @@ def skellam(variance: float, n: int, stream: Stream) -> NDArray[np.int64]:
         return np.zeros(n, np.int64)
     table = _table(variance)
     words = stream.words(n)
-    below = table.cells[words >> np.uint64(64 - _CELL_BITS)].astype(np.int64)
+    below: NDArray[np.int64] = table.cells[words >> np.uint64(64 - _CELL_BITS)].astype(np.int64)
     undecided = np.flatnonzero(below < 0)
     found = np.searchsorted(table.leading, words[undecided])
     below[undecided] = found
@@ -116,8 +116,8 @@ def _last(variance: float) -> int:
     """The smallest K ≥ 1 for which Chernoff's bound on P(X > K) is below 2^-260."""
 
     def exponent(k: int) -> float:
-        ratio = k / variance
-        return k * math.asinh(ratio) - k * ratio / (1 + math.sqrt(1 + ratio**2))
+        inverse = variance / k
+        return k * (math.asinh(k / variance) - 1 / (inverse + math.hypot(inverse, 1)))
 
     high = 1
     while exponent(high) < _TAIL:

@@ -6,11 +6,8 @@ from typing import Any
 import numpy as np
 
 from common.settings import DataSettings
-from simulations.datasets.files import from_file
+from simulations.datasets import files, movielens, movielens_small, synthetic
 from simulations.datasets.interactions import Interactions
-from simulations.datasets.movielens import movielens
-from simulations.datasets.movielens_small import movielens_small
-from simulations.datasets.synthetic import synthetic
 
 SYNTHETIC_SIZE = 1000
 """Users and items of `synthetic` where the settings say 0."""
@@ -28,20 +25,20 @@ def load(settings: DataSettings, *, seed: int) -> Interactions:
     """
     match settings.source:
         case "movielens-small":
-            return movielens_small(settings, seed=seed)
+            return movielens_small.read(settings, seed=seed)
         case "movielens":
-            return movielens(settings, seed=seed)
+            return movielens.read(settings, seed=seed)
         case "csv":
-            return from_file(settings, seed=seed)
+            return files.read(settings, seed=seed)
         case "synthetic":
             users, items = settings.users or SYNTHETIC_SIZE, settings.items or SYNTHETIC_SIZE
-            return synthetic(users, items, seed=seed, rating_range=settings.rating_range)[0]
+            return synthetic.synthetic(users, items, seed=seed, rating_range=settings.rating_range)[0]
 
 
 def available() -> dict[str, str]:
     """Each `data.source` and what it reads, on one line."""
     return {
-        "movielens-small": "MovieLens small of 2016: 671 users, 100,004 ratings of 9,066 movies; downloaded once (50 MB).",
+        "movielens-small": "MovieLens small of 2016: 671 users, 100,004 ratings, 9,066 movies; a download of 50 MB.",
         "movielens": "A folder or zip from GroupLens at data.path: latest-small, 20M, 25M, 32M, 1M, 10M or 100K.",
         "csv": "A .csv, .csv.gz or .parquet file at data.path, its columns named by data.columns.*.",
         "synthetic": "A made-up population with known preferences: data.users users and data.items items.",

@@ -22,7 +22,7 @@ Opener = Callable[[], IO[bytes]]
 """Opens a file afresh at its first byte."""
 
 
-def from_file(settings: DataSettings, *, seed: int) -> Interactions:
+def read(settings: DataSettings, *, seed: int) -> Interactions:
     """Read `settings.path`, a .csv, .csv.gz or .parquet file with the columns that `settings.columns` names.
 
     Raises:
@@ -94,8 +94,11 @@ def _read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
         raise MissingDependency(f"Expected pyarrow to be installed to read {path}: {hint}.") from None
     try:
         check_columns(parquet.read_schema(path).names, columns, str(path))
-        return pd.read_parquet(path, columns=[name for _, name in columns], engine="pyarrow")
-    except (OSError, ValueError) as error:
+        table = parquet.read_table(path, columns=[name for _, name in columns])
+        # The metadata of pandas would turn a column into the index if it was one when the file was written.
+        frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+        return frame
+    except (OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"Expected {path} to be a parquet file: {_line(error)}") from None
 
 
@@ -112,7 +115,8 @@ def reading(origin: str) -> Iterator[None]:
         raise DataError(f"Expected {origin} to be a csv file: {_line(error)}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"Expected {origin} to be UTF-8 text: found byte 0x{error.object[error.start]:02x}.") from None
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError) as error:
+        # RuntimeError is how zipfile says that a member is encrypted or compressed in an unknown way.
         raise DataError(f"Expected {origin} to be undamaged: {_line(error)}") from None
     except OSError as error:
         raise DataError(f"Expected {origin} to be readable: {_line(error)}") from None

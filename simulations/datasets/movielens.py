@@ -35,7 +35,7 @@ _SEPARATORS = {"ratings.dat": "::", "movies.dat": "::", "u.data": "\t", "u.item"
 _COLUMNS = Columns()
 
 
-def movielens(settings: DataSettings, *, seed: int) -> Interactions:
+def read(settings: DataSettings, *, seed: int) -> Interactions:
     """Read the edition at `settings.path`; a missing file of titles leaves the ids as titles.
 
     Raises:
@@ -73,9 +73,11 @@ def _contents(path: Path) -> Iterator[Mapping[str, Opener]]:
     elif not zipfile.is_zipfile(path):
         raise DataError(f"Expected data.path={path} to be a folder or a zip of MovieLens: it is no whole zip file.")
     else:
-        with reading(str(path)), zipfile.ZipFile(path) as archive:
-            names = {PurePosixPath(name): name for name in archive.namelist()}
-            yield {str(path): partial(archive.open, name) for path, name in names.items() if len(path.parts) <= 2}
+        with reading(str(path)):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            members = {PurePosixPath(name): name for name in archive.namelist()}
+            yield {str(place): partial(archive.open, name) for place, name in members.items() if len(place.parts) <= 2}
 
 
 def _read_ratings(opener: Opener, name: str, origin: str) -> pd.DataFrame:
@@ -84,7 +86,7 @@ def _read_ratings(opener: Opener, name: str, origin: str) -> pd.DataFrame:
         return read_csv(opener, columns=_COLUMNS, origin=origin)
     separator = _SEPARATORS[name]
     with reading(origin), opener() as file:
-        # pandas reads separators of two characters two orders of magnitude slower than those of one.
+        # pandas reads separators of two characters with its slow Python parser.
         data = file.read().replace(separator.encode(), b"\t")
         for number, line in enumerate(io.BytesIO(data), 1):
             if line.count(b"\t") != 3 and line.strip():
@@ -114,5 +116,9 @@ def _read_titles(opener: Opener, name: str, origin: str) -> dict[str, str]:
 
 def titles_by_item(text: str) -> dict[str, str]:
     """Titles by item id of a csv text with the columns ``movieId`` and ``title``; empty without them."""
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    return {row["movieId"]: row["title"] for row in rows if row.get("movieId") and row.get("title")}
+    rows = csv.reader(io.StringIO(text, newline=""))
+    header = next(rows, [])
+    if "movieId" not in header or "title" not in header:
+        return {}
+    item, title = header.index("movieId"), header.index("title")
+    return {row[item]: row[title] for row in rows if len(row) == len(header)}

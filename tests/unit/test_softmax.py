@@ -1,0 +1,155 @@
+"""The full softmax is torch's; the sampled one estimates its normaliser without bias, and its logarithm with one."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from common.ghost import Tape
+from common.softmax import Negatives, draw_negatives, log_probabilities, log_uniform
+
+ITEMS, USERS, STEPS, WIDTH = 40, 3, 5, 4
+CHANCE = 1e-3
+quick = settings(max_examples=40, deadline=None)
+
+
+def tensors(seed: int = 0, deviation: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
+    """Item embeddings, queries and logged items, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ITEMS, WIDTH, generator=generator, dtype=torch.float64) * deviation
+    queries = torch.randn(USERS, STEPS, WIDTH, generator=generator, dtype=torch.float64)
+    return weight, queries, torch.randint(0, ITEMS, (USERS, STEPS), generator=generator)
+
+
+def log_pi(weight: Tensor, queries: Tensor, items: Tensor, negatives: Negatives | None) -> Tensor:
+    return log_probabilities(weight, "policy.embedding", queries, items, negatives, Tape(recording=False))
+
+
+def counts_of(negatives: Negatives, items: int, draws: int) -> np.ndarray:
+    """How often each item was drawn, read back from the weights."""
+    counts = np.zeros(items)
+    drawn = negatives.ids.numpy()
+    counts[drawn] = np.exp(negatives.log_weights.double().numpy()) * draws * log_uniform(items)[drawn]
+    return counts
+
+
+def normalisers(weight: Tensor, queries: Tensor, items: Tensor, draws: int, repeats: int) -> Tensor:
+    """(repeats, B, T) estimates Ẑ/Z of the normaliser."""
+    rng, truth = np.random.default_rng(draws), log_pi(weight, queries, items, None)
+    rounds = (draw_negatives(ITEMS, draws, rng) for _ in range(repeats))
+    return torch.stack([(truth - log_pi(weight, queries, items, negatives)).exp() for negatives in rounds])
+
+
+@quick
+@given(st.integers(0, 2**32), st.floats(0.1, 10))
+def test_full_softmax_is_torchs(seed: int, deviation: float) -> None:
+    weight, queries, items = tensors(seed, deviation)
+    expected = torch.log_softmax(queries @ weight.T, -1).gather(-1, items.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(log_pi(weight, queries, items, None), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_large_logits_stay_finite() -> None:
+    weight, queries, items = tensors(deviation=300)
+    for negatives in (None, draw_negatives(ITEMS, 10, np.random.default_rng(0))):
+        assert log_pi(weight.float(), queries.float(), items, negatives).isfinite().all()
+
+
+@pytest.mark.parametrize("items", [1, 2, 10, 5000])
+def test_log_uniform_is_a_falling_distribution(items: int) -> None:
+    probability = log_uniform(items)
+    k = np.arange(items)
+    assert probability == pytest.approx((np.log(k + 2) - np.log(k + 1)) / np.log(items + 1), rel=1e-9)
+    assert probability.sum() == pytest.approx(1)
+    assert (np.diff(probability) < 0).all()
+
+
+@quick
+@given(st.integers(1, 60), st.integers(1, 100), st.integers(0, 2**32))
+def test_negatives_are_unique_ascending_and_consistent(items: int, draws: int, seed: int) -> None:
+    negatives = draw_negatives(items, draws, np.random.default_rng(seed))
+    ids = negatives.ids.tolist()
+    assert ids == sorted(set(ids))
+    assert set(ids) <= set(range(items))
+    assert (negatives.ids.dtype, negatives.log_weights.dtype) == (torch.int64, torch.float32)
+    assert negatives.column.tolist() == [ids.index(item) if item in ids else -1 for item in range(items)]
+    counts = counts_of(negatives, items, draws)
+    assert counts == pytest.approx(np.round(counts), abs=1e-3)
+    assert counts[ids].min() >= 1 - 1e-3
+    assert counts.sum() == pytest.approx(draws, rel=1e-5)
+
+
+def test_negatives_are_drawn_log_uniformly() -> None:
+    draws = 100_000
+    counts = np.round(counts_of(draw_negatives(ITEMS, draws, np.random.default_rng(5)), ITEMS, draws))
+    assert chisquare(counts, draws * log_uniform(ITEMS)).pvalue > CHANCE
+
+
+@pytest.mark.parametrize("draws", [1, 16, 64])
+def test_expected_normaliser_is_the_full_one(draws: int) -> None:
+    estimates = normalisers(*tensors(), draws, repeats=3000)
+    error = (estimates.mean(0) - 1) / (estimates.std(0) / len(estimates) ** 0.5)
+    assert error.abs().max() < 4.5
+
+
+def test_bias_of_the_log_probability_falls_as_one_over_the_draws() -> None:
+    bias = {}
+    for draws in (16, 64, 256):
+        ratio = normalisers(*tensors(), draws, repeats=2000)
+        # −log(Ẑ/Z) is the error of log π; Ẑ/Z − 1 has mean 0 and takes most of its noise away.
+        bias[draws] = float((ratio - 1 - ratio.log()).mean())
+    assert bias[256] > 0
+    assert bias[64] / bias[256] == pytest.approx(4, rel=0.2)
+    assert bias[16] / bias[64] == pytest.approx(4, rel=0.4)
+
+
+def test_more_draws_approach_the_full_softmax() -> None:
+    weight, queries, items = tensors()
+    many = draw_negatives(ITEMS, 2_000_000, np.random.default_rng(0))
+    error = log_pi(weight, queries, items, many) - log_pi(weight, queries, items, None)
+    assert error.abs().max() < 0.01
+
+
+@quick
+@given(st.integers(0, 2**32), st.integers(1, 64), st.floats(-50, 50))
+def test_an_accidental_hit_never_counts(seed: int, draws: int, shift: float) -> None:
+    weight, queries, items = tensors(seed)
+    negatives = draw_negatives(ITEMS, draws, np.random.default_rng(seed))
+    for user, step in np.ndindex(USERS, STEPS):
+        own = items[user : user + 1, step : step + 1]
+        query = queries[user : user + 1, step : step + 1]
+        kept = negatives.ids != own.flatten()
+        logits = query[0, 0] @ weight[negatives.ids[kept]].T + negatives.log_weights[kept]
+        expected = -torch.nn.functional.softplus(logits.logsumexp(-1) - query[0, 0] @ weight[own[0, 0]])
+        torch.testing.assert_close(log_pi(weight, query, own, negatives)[0, 0], expected, rtol=1e-9, atol=1e-9)
+        drawn = negatives.log_weights.clone()
+        drawn[~kept] += shift
+        shifted = Negatives(negatives.ids, drawn, negatives.column)
+        assert log_pi(weight, query, own, shifted) == log_pi(weight, query, own, negatives)
+
+
+def test_own_item_as_the_only_negative_is_certain_and_without_gradient() -> None:
+    weight, queries, _ = tensors()
+    column = torch.full((ITEMS,), -1)
+    column[7] = 0
+    negatives = Negatives(torch.tensor([7]), torch.zeros(1, dtype=torch.float64), column)
+    weight.requires_grad_()
+    result = log_pi(weight, queries, torch.full((USERS, STEPS), 7), negatives)
+    result.sum().backward()
+    assert not result.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_watching_does_not_change_the_numbers(sampled: bool) -> None:
+    weight, queries, items = tensors()
+    negatives = draw_negatives(ITEMS, 16, np.random.default_rng(0)) if sampled else None
+    tape = Tape()
+    watched = log_probabilities(weight, "policy.embedding", queries, items, negatives, tape)
+    assert (watched == log_pi(weight, queries, items, negatives)).all()
+    assert [use.weight for use in tape.uses] == ["policy.embedding"]
+    assert not weight.requires_grad
+    assert not queries.requires_grad
