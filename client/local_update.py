@@ -246,7 +246,8 @@ class _FormedGradients:
     flat: Tensor
 
     def norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self.flat, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.flat, dim=1)
+        return norms
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return weights @ self.flat

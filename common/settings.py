@@ -238,11 +238,16 @@ def parse_settings(tree: Mapping[str, Any]) -> Settings:
         raise SettingsError(" ".join(_explain(detail) for detail in error.errors())) from None
 
 
+OUT = "out"
+"""The one key of Flower's run configuration that is no setting: it names the run folder."""
+
+
 def parse_flat(flat: Mapping[str, Any]) -> Settings:
-    """Validate Flower's flat run configuration, whose keys are dotted paths."""
+    """Validate Flower's flat run configuration, whose keys are dotted paths; :data:`OUT` is passed over."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
-        _put(tree, key, value)
+        if key != OUT:
+            _put(tree, key, value)
     return parse_settings(tree)
 
 

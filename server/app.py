@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.errors import FedtopkError, SettingsError
 from common.model import Parameters
-from common.settings import Settings, parse_flat
+from common.settings import OUT, Settings, parse_flat
 from server.flower_cohort import FlowerCohort
 from server.report import build_report
 from server.run import open_training
@@ -19,9 +19,6 @@ from server.run_folder import RunFolder
 from server.training import Progress
 
 logger = logging.getLogger("flwr")
-
-OUT = "out"
-"""Key of the run configuration that names the run folder; all other keys are settings."""
 
 _TIMEOUT_SECONDS = 600.0
 
@@ -32,12 +29,12 @@ class Deployment:
 
     Attributes:
         items: A, the size of the public catalogue.
-        devices: N, for how many devices to wait.
+        devices: N, for how many devices to wait; None takes those that are there.
         evaluate: the report's evaluation of a model; empty where nobody can evaluate.
     """
 
     items: int
-    devices: int
+    devices: int | None
     evaluate: Callable[[Parameters], dict[str, Any]]
 
 
@@ -57,9 +54,9 @@ def make_app(deploy: Callable[[Settings], Deployment]) -> ServerApp:
 
 
 def _serve(grid: Grid, context: Context, deploy: Callable[[Settings], Deployment]) -> None:
-    flat = dict(context.run_config)
-    folder = RunFolder(Path(str(flat.pop(OUT, "") or f"fedtopk-run-{context.run_id}")).absolute())
-    settings = parse_flat(flat)
+    settings = parse_flat(context.run_config)
+    name = context.run_config.get(OUT) or f"fedtopk-run-{context.run_id}"
+    folder = RunFolder(Path(str(name)).absolute())
     if settings.aggregation.kind != "plain":
         raise SettingsError(
             f"Expected aggregation.kind={settings.aggregation.kind} to be plain in a Flower run: "

@@ -19,17 +19,21 @@ from common.privacy.encoding import add_residues
 from server.cohort import CohortSum, release
 
 _POLL_SECONDS = 1.0
+_SETTLED_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0
+"""How long to wait for the next device to appear."""
 
 
 class FlowerCohort:
     """The devices that answer on a Grid, by their own numbers.
 
     Args:
-        expected: N; the constructor waits until so many devices have told their numbers.
+        expected: N; the constructor waits until so many devices have told their numbers. None takes those that are
+            there once no new one comes.
         timeout: seconds that a device has for an answer.
     """
 
-    def __init__(self, grid: Grid, expected: int, timeout: float) -> None:
+    def __init__(self, grid: Grid, expected: int | None, timeout: float) -> None:
         self._grid = grid
         self._timeout = timeout
         self._nodes = self._identify(expected)
@@ -70,26 +74,31 @@ class FlowerCohort:
         down = sum(value.numel() * value.element_size() for value in offer.parameters.values())
         return CohortSum(total, len(members), survivors, bytes_up or None, down if survivors else None)
 
-    def _identify(self, expected: int) -> dict[int, int]:
+    def _identify(self, expected: int | None) -> dict[int, int]:
         """Ask every node for its device's number, until all are known. Raises :class:`AggregationError`."""
         nodes: dict[int, int] = {}
         asked: set[int] = set()
-        deadline = time.monotonic() + self._timeout
-        while len(nodes) < expected:
+        newest = time.monotonic()
+        while expected is None or len(nodes) < expected:
             new = set(self._grid.get_node_ids()) - asked
             asked |= new
-            messages = [Message(RecordDict(), node, f"query.{IDENTIFY}") for node in new]
-            for reply in self._exchange(messages) if messages else []:
+            for reply in self._exchange([Message(RecordDict(), node, f"query.{IDENTIFY}") for node in new]):
                 if reply.has_error():
                     raise AggregationError(f"A device could not tell its number: {reply.error.reason}.")
-                number = read_identity(reply)
-                if number < expected:
-                    nodes[number] = reply.metadata.src_node_id
-            if time.monotonic() > deadline:
-                raise AggregationError(f"Expected {expected} devices, found {len(nodes)} after {self._timeout:.0f} s.")
-            if not new:
-                time.sleep(_POLL_SECONDS)
+                nodes[read_identity(reply)] = reply.metadata.src_node_id
+                newest = time.monotonic()
+            waited = time.monotonic() - newest
+            if expected is None and nodes and waited > _SETTLED_SECONDS:
+                break
+            if waited > _PATIENCE_SECONDS:
+                raise AggregationError(
+                    f"Expected {expected or 'some'} devices, found {len(nodes)}: in a Flower simulation, pass "
+                    f'--federation-config "num-supernodes={expected or 2}" to `flwr run`.'
+                )
+            time.sleep(_POLL_SECONDS)
+        if set(nodes) != set(range(len(nodes))):
+            raise AggregationError(f"Expected devices numbered from 0 to {len(nodes) - 1}, found {sorted(nodes)}.")
         return nodes
 
     def _exchange(self, messages: list[Message]) -> Iterable[Message]:
-        return self._grid.send_and_receive(messages, timeout=self._timeout)
+        return self._grid.send_and_receive(messages, timeout=self._timeout) if messages else ()

@@ -41,8 +41,8 @@ class _SimulatedDevice:
 def _open_device(settings: Settings, context: Context) -> _SimulatedDevice:
     data, population = _open(settings)
     number = context.node_config.get("partition-id")
-    if not isinstance(number, int):
-        raise SettingsError(f"Expected partition-id={number!r} in the node configuration to be a device's number.")
+    if not isinstance(number, int) or not 0 <= number < len(population):
+        raise SettingsError(f"Expected partition-id={number!r} to be the number of one of {len(population)} users.")
     return _SimulatedDevice(number, len(data.train.catalogue), population)
 
 
@@ -53,7 +53,7 @@ def _deploy(settings: Settings) -> Deployment:
         """With user embeddings adapted from 0: the trained ones are the devices'."""
         return evaluate_model(settings, parameters, population, data)
 
-    return Deployment(len(data.train.catalogue), len(population), evaluate)
+    return Deployment(len(data.train.catalogue), settings.data.users or None, evaluate)
 
 
 server_app = make_server_app(_deploy)

@@ -23,16 +23,16 @@ _TILE = bytes(1 << 16)  # zeros to encrypt; the tile and its key stream stay in 
 
 
 class Stream:
-    """The key stream of AES-256-CTR (initial counter block 0) as words; reading advances it. Not thread-safe.
+    """The key stream of AES-256-CTR as words; reading advances it. Not thread-safe.
 
     The words are the key stream cut into 8-byte little-endian pieces: ``words(3)`` then ``words(5)`` is ``words(8)``.
-    Raises :class:`ValueError` for a key that is not 32 bytes.
+    A key has 32 bytes and serves one stream; `counter` is the initial counter block. Raises :class:`ValueError`.
     """
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, counter: bytes = bytes(16)) -> None:
         if len(key) != KEY_BYTES:
             raise ValueError(f"Expected a key of {len(key)} bytes to be {KEY_BYTES} bytes long.")
-        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
 
     def words(self, n: int) -> NDArray[np.uint64]:
         """`n` independent words, uniform on [0, 2^64)."""

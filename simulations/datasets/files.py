@@ -89,9 +89,9 @@ def parse_csv(opener: Opener, columns: Columns, **options: Any) -> pd.DataFrame:
 def _read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
+    except ImportError as error:
         hint = "pip install 'fedtopk[data]'"
-        raise MissingDependency(f"Expected pyarrow to be installed to read {path}: {hint}.") from None
+        raise MissingDependency(f"Expected pyarrow to read {path} ({hint}): {_line(error)}") from None
     try:
         check_columns(parquet.read_schema(path).names, columns, str(path))
         table = parquet.read_table(path, columns=[name for _, name in columns])

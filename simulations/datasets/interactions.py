@@ -17,7 +17,7 @@ class Interactions:
         items: (E,) int32 catalogue indices in [0, A).
         ratings: (E,) float32 in the declared rating range.
         timestamps: (E,) int64 seconds, non-decreasing within a user.
-        user_ids: (N,) strings, the users' names in the source, sorted by first appearance in the source.
+        user_ids: (N,) strings, the users' names in the source, in natural order.
         catalogue: the items.
     """
 

@@ -288,7 +288,9 @@ class TestCsv:
     def test_parquet_without_pyarrow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "log.parquet").touch()
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-        with pytest.raises(MissingDependency, match=r"Expected pyarrow to be installed to read .*fedtopk\[data\]"):
+        with pytest.raises(
+            MissingDependency, match=r"Expected pyarrow to read .*log.parquet \(pip install 'fedtopk\[data\]'\): "
+        ):
             load(DataSettings(source="csv", path=str(tmp_path / "log.parquet")), seed=0)
         assert issubclass(MissingDependency, FedtopkError)
 
