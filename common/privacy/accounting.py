@@ -12,7 +12,7 @@ figure             observer; adjacency                  mechanism
 Unit: one user. Skellam noise is accounted as Gaussian noise whose variance is smaller by the factor 1 + κ_s
 (:func:`skellam_excess`); that subsampling amplifies it as it does the Gaussian is an assumption of the threat model.
 Losses of δ by encoding (:attr:`common.privacy.encoding.Encoding.delta_loss`) are for the caller to take off δ, once
-for each release. Tests: ``tests/unit/test_accounting.py``.
+for each release. Tests are those of ``tests/unit/test_accounting.py``.
 """
 
 import math
@@ -43,9 +43,10 @@ _PLD_INTERVAL = 1e-3
 def skellam_excess(encoding: Encoding) -> float:
     """κ_s: by how much the noise's Rényi divergence may exceed the Gaussian's, relatively, at any integer α ≤ 256.
 
-    The bound (Agarwal, Kairouz and Liu, "The Skellam mechanism for differentially private federated learning", 2021,
-    theorem 3.5) is αΔ₂²/2μ + min(((2α−1)Δ₂² + 6Δ₁)/4μ², 3Δ₁/2μ) with Δ₁ ≤ min(√2^m·Δ₂, Δ₂²), for integers. It is
-    taken at μ = V·honest, the least noise that either figure rests on.
+    The bound (Agarwal, Kairouz and Liu, "The Skellam mechanism for differentially private federated learning", NeurIPS
+    2021, corollary 4.1) is αΔ₂²/2μ + min(((2α−1)Δ₂² + 6Δ₁)/4μ², 3Δ₁/2μ), and Δ₁ ≤ min(√2^m·Δ₂, Δ₂²) for integers. It
+    is taken at μ = V·honest, the least noise that either figure rests on.
+    Test: ``test_the_excess_of_skellam_is_that_of_the_formula``.
 
     Raises :class:`PrivacyError` where there is no noise or κ_s ≥ 1e-3.
     """
@@ -76,6 +77,7 @@ def epsilon_model(noise_multiplier: float, rate: float, releases: int, delta: fl
     By opacus's PRV accountant, at most 0.02 above the truth; exactly for q = 1. Where that accountant fails, for a
     δ near 1e-15, or would need tables too large, for an ε of hundreds, by opacus's RDP accountant: an upper bound
     too, if a loose one. 0 for no release, inf without noise.
+    Tests: ``test_epsilon_model_of_a_known_case_by_both_accountants``, ``test_the_two_accountants_agree``.
 
     Raises :class:`PrivacyError` unless z ≥ 0, 0 < q ≤ 1, releases ≥ 0 and 0 < δ < 1.
     """
@@ -171,6 +173,7 @@ def epsilon_server(noise_multiplier: float, honest: float, contributions: int, d
 
     Gaussian mechanisms compose to a Gaussian one, also adaptively; no sampling amplifies, since the server sees who
     takes part. honest = 1 − γ − δ in (0, 1]. 0 without contributions, inf without noise.
+    Tests: ``test_epsilon_server_is_that_of_the_gaussian``, ``test_epsilon_server_of_known_cases``.
     """
     _check(noise_multiplier, honest, contributions, delta)
     if contributions == 0:

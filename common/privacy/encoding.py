@@ -111,6 +111,8 @@ class Encoding:
             raise PrivacyError(f"Expected privacy.noise_multiplier={noise_multiplier} to be ≥ 0 and finite.")
         if not 0 < cohort < math.inf:
             raise PrivacyError(f"Expected the expected cohort={cohort} to be > 0 and finite.")
+        if not 0 < clip < math.inf:
+            raise PrivacyError(f"Expected privacy.clip_norm={clip} to be > 0 and finite.")
         unit = cls(dimension, clip, 1 / clip, 32, 0.0, honest, central)
 
         def at(reach: float) -> Encoding:
@@ -197,9 +199,9 @@ def encode(
     that is not finite or not of the encoding's dimension.
     """
     values = _checked(update, encoding, signs)
-    values = values * clip_factor(np.linalg.norm(values), encoding.clip)
+    values *= clip_factor(_norm(values), encoding.clip)
     rotated = rotate(values.astype(np.float32), signs).astype(np.float64)
-    rotated *= encoding.scale * clip_factor(np.linalg.norm(rotated), encoding.clip)
+    rotated *= encoding.scale * clip_factor(_norm(rotated), encoding.clip)
     integers = conditional_round(rotated, encoding.squared_bound, rounding)
     integers += skellam(encoding.share(n), encoding.padded, noise)
     return _residues(integers, encoding.bits)
@@ -261,7 +263,7 @@ def release_central(
 def _checked(
     values: NDArray[np.float32] | NDArray[np.float64], encoding: Encoding, signs: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """`values` as float64, if they are finite and fit the encoding, and the signs do."""
+    """A float64 copy of `values`, if they are finite and fit the encoding, and the signs do."""
     if values.shape != (encoding.dimension,):
         raise PrivacyError(f"Expected an update of shape {values.shape} to be of shape ({encoding.dimension},).")
     if signs.shape != (encoding.padded,):
@@ -269,6 +271,11 @@ def _checked(
     if not np.isfinite(values).all():
         raise PrivacyError(f"Expected every value of an update to be finite, got {values[~np.isfinite(values)][0]}.")
     return values.astype(np.float64)
+
+
+def _norm(x: NDArray[np.float64]) -> float:
+    """‖x‖₂ in the same order of operations whatever the number of threads, unlike the BLAS's."""
+    return math.sqrt(np.einsum("i,i", x, x))
 
 
 def _residues(integers: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:

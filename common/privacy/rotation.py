@@ -2,7 +2,7 @@
 
 It spreads an update evenly over its coordinates, so that a small modulus fits them all. It is orthonormal: norms,
 and with them the sensitivity, are those of x. The signs are public (one draw a round, the same for every device);
-no guarantee rests on them.
+no guarantee rests on them. Results depend on the machine's BLAS, but not on its number of threads.
 
 Tests: ``tests/unit/test_rotation.py`` (orthogonal, linear, inverse, equal to ``scipy.linalg.hadamard``).
 """
@@ -18,6 +18,7 @@ from common.privacy.randomness import Stream
 Real = TypeVar("Real", np.float32, np.float64)
 
 _RADIX = 32
+_ROWS = 64  # of one product: too few for the BLAS to share it out, so that threads change neither results nor time
 
 
 def padded(dimension: int) -> int:
@@ -54,7 +55,8 @@ def _hadamard(x: NDArray[Real]) -> NDArray[Real]:
     y = x
     while left > 1:
         radix = min(left, _RADIX)
-        y = y.reshape(radix, -1).T @ _matrix(radix).astype(x.dtype)
+        rows = min(x.size // radix, _ROWS)
+        y = y.reshape(radix, -1, rows).transpose(1, 2, 0) @ _matrix(radix).astype(x.dtype)
         left //= radix
     return y.reshape(x.shape) * x.dtype.type(x.size**-0.5)
 

@@ -1,7 +1,7 @@
 """Stochastic rounding to integers, plain and conditioned on the norm that privacy rests on.
 
 Source: Kairouz, Liu and Steinke, "The distributed discrete Gaussian mechanism for federated learning with secure
-aggregation" (2021), section 4.1.
+aggregation" (ICML 2021), conditional randomised rounding.
 """
 
 import math

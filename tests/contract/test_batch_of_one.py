@@ -21,7 +21,9 @@ LENGTHS = (9, 0, 1, 30, 2, 3, 17, 4)
 ITEMS = 60
 CASES = list(itertools.product(("cfn", "gru"), ("full", "sampled"), ("cross-entropy", "reinforce", "top-k"), (1, 3)))
 COMBINED = list(itertools.product(("cfn", "gru"), ("full", "sampled")))
-SHORT = pytest.mark.xfail(strict=True, reason="only beside others is a device without a support pulled towards 0")
+SHORT = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="only beside others is a device without a support pulled towards 0"
+)
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,15 @@ class Devices:
 
     def alone(self, device: int) -> "Devices":
         """One device, with a window as long as its own history."""
-        own = slice(device, device + 1)
-        return replace(self.cut(int(self.windows.lengths[device])), users=self.users[own])._rows(own)
+        w, own, steps = self.windows, slice(device, device + 1), slice(max(1, int(self.windows.lengths[device])))
+        items, rewards, returns = (values[own, steps] for values in _steps(w))
+        window = Trajectories(items, rewards, returns, w.lengths[own], w.support[own])
+        return replace(self, windows=window, users=self.users[own])
 
-    def cut(self, steps: int) -> "Devices":
-        """The same devices, padded to `steps`, at least 1."""
-        w = self.windows
-        values = (torch.nn.functional.pad(x[:, : max(steps, 1)], (0, max(steps - x.shape[1], 0))) for x in _steps(w))
-        return replace(self, windows=Trajectories(*values, w.lengths, w.support))
-
-    def _rows(self, own: slice) -> "Devices":
-        w = self.windows
-        return replace(self, windows=Trajectories(*(x[own] for x in (*_steps(w), w.lengths, w.support))))
+    def padded(self, more: int) -> "Devices":
+        """The same devices with `more` steps of padding."""
+        items, rewards, returns = (torch.nn.functional.pad(values, (0, more)) for values in _steps(self.windows))
+        return replace(self, windows=replace(self.windows, items=items, rewards=rewards, returns=returns))
 
     def update(self) -> LocalUpdate:
         return compute_update(self.settings, self.parameters, self.windows, self.users, self.negatives, warm=True)
@@ -156,9 +155,10 @@ def test_without_a_support_embeddings_stay(local_steps: int) -> None:
         assert_near(batch.gradients()[device], batch.alone(device).gradients()[0])
 
 
-@pytest.mark.parametrize(("cell", "softmax", "estimator", "local_steps"), CASES)
-def test_norms_are_those_of_the_gradients(cell: str, softmax: str, estimator: str, local_steps: int) -> None:
-    batch = devices(cell, softmax, estimator, local_steps, embedded=True)
+@pytest.mark.parametrize(("cell", "softmax"), COMBINED)
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_norms_are_those_of_the_gradients(cell: str, softmax: str, local_steps: int) -> None:
+    batch = devices(cell, softmax, "top-k", local_steps, embedded=True)
     torch.testing.assert_close(batch.update().gradients.norms(), batch.gradients().norm(dim=1), rtol=1e-5, atol=0)
 
 
@@ -166,8 +166,7 @@ def test_norms_are_those_of_the_gradients(cell: str, softmax: str, estimator: st
 @pytest.mark.parametrize("softmax", ["full", "sampled"])
 def test_the_length_of_the_padding_does_not_matter(softmax: str, local_steps: int) -> None:
     batch = devices("cfn", softmax, "top-k", local_steps, embedded=True)
-    longer = batch.cut(max(LENGTHS) + 13)
-    assert longer.windows.items.shape[1] == max(LENGTHS) + 13
+    longer = batch.padded(13)
     assert_each_near(longer.gradients(), batch.gradients())
     assert_each_near(longer.update().local_users, batch.update().local_users)
 
@@ -179,6 +178,7 @@ def test_what_stands_in_the_padding_does_not_matter(local_steps: int) -> None:
     padded = torch.arange(w.items.shape[1]) >= w.lengths[:, None]
     filled = (w.items.masked_fill(padded, 7), w.rewards.masked_fill(padded, 5), w.returns.masked_fill(padded, 50))
     other = replace(batch, windows=Trajectories(*filled, w.lengths, w.support))
+    assert padded.any()
     assert_each_near(other.gradients(), batch.gradients(), 1e-6)
 
 

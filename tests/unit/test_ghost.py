@@ -23,8 +23,11 @@ from common.settings import Estimator, Settings, parse_flat
 from common.softmax import Negatives, draw_negatives
 from common.trajectory import Trajectories
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
 quick = hypothesis_settings(max_examples=40, deadline=None)
+
+
+def assert_exact(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def test_a_use_equals_autograd_for_each_user(
     own = torch.tensor(weights[: len(loss)], dtype=torch.float64)
     total = torch.ones_like(problem.weight)
     use.add_sum(deltas, own, total)
-    torch.testing.assert_close(use.square_norms(deltas), expected.square().sum((1, 2)), **EXACT)
-    torch.testing.assert_close(total, 1 + torch.einsum("u,uij->ij", own, expected), **EXACT)
+    assert_exact(use.square_norms(deltas), expected.square().sum((1, 2)))
+    assert_exact(total, 1 + torch.einsum("u,uij->ij", own, expected))
 
 
 class Recommender(nn.Module):
@@ -159,29 +162,25 @@ def loss_of(
     objective, steps = settings.objective, range(int(device.support[0]), int(device.lengths[0]))
     if not steps:
         return pi.sum() * 0 + (0 if beta is None else beta.sum() * 0)
-    items, rewards, returns = (values[0].tolist() for values in (device.items, device.rewards, device.returns))
-    log_pi = [log_softmax(pi[step], negatives, items[step]) for step in steps]
-    value = [max(returns[step], 0.0) for step in steps]
-    extra = torch.zeros(())
+    items, rewards, returns = (values[0, steps.start : steps.stop] for values in steps_of(device))
+    at = list(zip(steps, items.tolist(), strict=True))
+    log_pi = torch.stack([log_softmax(pi[step], negatives, item) for step, item in at])
+    c = (rewards if objective.estimator == "likelihood" else returns).clamp(min=0)
     if objective.estimator == "cross-entropy":
-        value = [1.0 for _ in steps]
-    if objective.estimator == "likelihood":
-        value = [max(rewards[step], 0.0) for step in steps]
-    if beta is not None:
-        log_beta = [log_softmax(beta[step], negatives, items[step]) for step in steps]
-        weight = [
-            min(float((p - b).detach().exp()), objective.weight_cap) for p, b in zip(log_pi, log_beta, strict=True)
-        ]
-        if objective.self_normalised:
-            weight = [one * len(weight) / sum(weight) for one in weight]
-        if objective.estimator == "top-k":
-            size = objective.slate_size
-            weight = [
-                w * size * (1 - float(p.detach().exp())) ** (size - 1) for w, p in zip(weight, log_pi, strict=True)
-            ]
-        value = [w * v for w, v in zip(weight, value, strict=True)]
-        extra = -torch.stack(log_beta).mean()
-    return -torch.stack([v * p for v, p in zip(value, log_pi, strict=True)]).mean() + extra
+        c = torch.ones_like(rewards)
+    if beta is None:
+        return -(c * log_pi).mean()
+    log_beta = torch.stack([log_softmax(beta[step], negatives, item) for step, item in at])
+    w = (log_pi - log_beta).detach().exp().clamp(max=objective.weight_cap)
+    if objective.self_normalised:
+        w = w / w.mean()
+    if objective.estimator == "top-k":
+        w = w * objective.slate_size * (1 - log_pi.detach().exp()) ** (objective.slate_size - 1)
+    return -(w * c * log_pi).mean() - log_beta.mean()
+
+
+def steps_of(trajectories: Trajectories) -> tuple[Tensor, Tensor, Tensor]:
+    return trajectories.items, trajectories.rewards, trajectories.returns
 
 
 @dataclass(frozen=True)
@@ -197,8 +196,9 @@ class Case:
 
     def device(self, number: int) -> Trajectories:
         t, steps = self.trajectories, max(1, int(self.trajectories.lengths[number]))
-        own = (values[number : number + 1, :steps] for values in (t.items, t.rewards, t.returns))
-        return Trajectories(*own, t.lengths[number : number + 1], t.support[number : number + 1])
+        own = slice(number, number + 1)
+        items, rewards, returns = (values[own, :steps] for values in steps_of(t))
+        return Trajectories(items, rewards, returns, t.lengths[own], t.support[own])
 
     def losses(self, model: nn.Module, embeddings: Tensor) -> Tensor:
         pi, beta = model(self.trajectories.items, self.trajectories.rewards, embeddings)
@@ -231,7 +231,7 @@ def case(cell: str, softmax: str, estimator: Estimator, **more: float | bool) ->
     returns = [returns_of(own, 0.5) for own in rewards]
 
     def padded(rows: list[np.ndarray]) -> Tensor:
-        return torch.stack([torch.from_numpy(np.pad(row.astype(float), (0, LENGTHS[-1] - len(row)))) for row in rows])
+        return torch.from_numpy(np.stack([np.pad(row.astype(float), (0, LENGTHS[-1] - len(row))) for row in rows]))
 
     lengths = torch.tensor(LENGTHS)
     negatives = draw_negatives(items, 5, rng)
@@ -264,9 +264,9 @@ def test_an_update_equals_autograd_for_each_user(cell: str, softmax: str, estima
         rows.append(small.scaled({name: value[None] for name, value in zip(parameters, gradients, strict=True)}))
     expected = torch.cat(rows)
     assert (expected.norm(dim=1)[1:] > 1e-3).all()
-    torch.testing.assert_close(update.gradients.norms(), expected.norm(dim=1), **EXACT)
+    assert_exact(update.gradients.norms(), expected.norm(dim=1))
     weights = torch.linspace(-1, 2, len(LENGTHS)).double()
-    torch.testing.assert_close(update.gradients.weighted_sum(weights), weights @ expected, **EXACT)
+    assert_exact(update.gradients.weighted_sum(weights), weights @ expected)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -280,11 +280,11 @@ def test_a_clipped_sum_equals_that_of_opacus(cell: str, softmax: str, estimator:
     expected = small.scaled(dict(zip(small.parameters, samples, strict=True)))
 
     norms, clip = update.gradients.norms(), 0.8
-    torch.testing.assert_close(norms, expected.norm(dim=1), **EXACT)
+    assert_exact(norms, expected.norm(dim=1))
     assert 0 < (norms > clip).sum() < len(norms)
     factors = torch.from_numpy(clip_factor(norms.numpy(), clip))
     clipped = expected * (clip / expected.norm(dim=1)).clamp(max=1).nan_to_num(1)[:, None]
-    torch.testing.assert_close(update.gradients.weighted_sum(factors), clipped.sum(0), **EXACT)
+    assert_exact(update.gradients.weighted_sum(factors), clipped.sum(0))
     assert (clipped.norm(dim=1) <= clip * (1 + 1e-9)).all()
 
 
@@ -295,10 +295,4 @@ def test_settings_of_the_weights_reach_the_update(more: dict[str, float | bool])
     small.losses(model, update.local_users).sum().backward()
     expected = {name: leaf.grad[None] for name, leaf in zip(small.parameters, model.parameters(), strict=True)}
     ones = torch.ones(len(LENGTHS)).double()
-    torch.testing.assert_close(update.gradients.weighted_sum(ones), small.scaled(expected)[0], **EXACT)
-
-
-def test_an_idle_tape_records_nothing() -> None:
-    tape, output = Tape(recording=False), torch.zeros(2)
-    assert tape.watch(output) is output
-    assert not output.requires_grad
+    assert_exact(update.gradients.weighted_sum(ones), small.scaled(expected)[0])

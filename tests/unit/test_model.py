@@ -248,7 +248,11 @@ def test_initial_gates_are_open_and_draws_repeat(cell: str) -> None:
     assert (flatten(drawn[0]) != flatten(drawn[2])).any()
 
 
-@pytest.mark.xfail(strict=True, reason="the docstring's 'biases 0 but for gates' leaves out the GRU candidate's bias")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the docstring's 'biases 0 but for gates' leaves out the GRU candidate's bias",
+)
 def test_initial_candidate_bias_of_the_gru_is_zero() -> None:
     drawn = initialise(model_of("gru"), ITEMS, "top-k", torch.Generator().manual_seed(0))
     assert not drawn["cell.candidate"][:, M + 1].any()

@@ -1,5 +1,7 @@
 """The randomised Hadamard transform: orthogonal, linear, inverse to itself, and the one of scipy."""
 
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,11 +55,22 @@ def test_it_spreads_one_coordinate_evenly_over_all() -> None:
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_it_keeps_the_type_and_is_deterministic(kind: type) -> None:
-    signs, x = random_signs(3000, seeded_stream(3)), vector(3000).astype(kind)
+    signs = random_signs(3000, seeded_stream(3))
+    x: np.ndarray = vector(3000).astype(kind)
     y = rotate(x, signs)
     assert y.dtype == kind
     assert unrotate(y, signs, 3000).dtype == kind
     assert np.array_equal(y, rotate(x.copy(), signs))
+
+
+def test_it_does_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    signs, x = random_signs(2**18, seeded_stream(5)), vector(2**18).astype(np.float32)
+    rotated = []
+    for threads in ("1", "2"):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
+        with get_context("spawn").Pool(1) as pool:
+            rotated.append(pool.apply(rotate, (x, signs)))
+    assert np.array_equal(rotated[0], rotated[1])
 
 
 def test_signs_are_fair_and_follow_from_the_stream() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,8 +34,12 @@ def table(variance: float) -> dict[int, Fraction]:
     """The probabilities that the thresholds stand for, as exact fractions."""
     thresholds = [0, *_thresholds(variance), 1 << 256]
     last = len(thresholds) // 2 - 1
-    steps = zip(thresholds, thresholds[1:], strict=False)
-    return {k: Fraction(high - low, 1 << 256) for k, (low, high) in enumerate(steps, start=-last)}
+    steps = enumerate(pairwise(thresholds), start=-last)
+    return {k: Fraction(high - low, 1 << 256) for k, (low, high) in steps}
+
+
+def moment(law: dict[int, Fraction], power: int) -> Fraction:
+    return sum((k**power * probability for k, probability in law.items()), Fraction())
 
 
 def chi_squared(draws: NDArray[np.int64], variance: float) -> float:
@@ -51,17 +56,18 @@ def chi_squared(draws: NDArray[np.int64], variance: float) -> float:
 def test_table_is_the_law_of_scipy(variance: float) -> None:
     law = table(variance)
     found = np.array([float(probability) for probability in law.values()])
-    np.testing.assert_allclose(found, stats.skellam.pmf(list(law), variance / 2, variance / 2), rtol=1e-9, atol=1e-15)
+    expected = stats.skellam.pmf(list(law), variance / 2, variance / 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_table_has_the_exact_moments(variance: float) -> None:
     v, law = Fraction(variance), table(variance)
-    assert sum(law.values()) == 1
-    assert abs(sum(k * p for k, p in law.items())) < Fraction(1, 2**220)
-    assert abs(sum(k**2 * p for k, p in law.items()) - v) < Fraction(1, 2**220)
-    assert abs(sum(k**4 * p for k, p in law.items()) - (3 * v**2 + v)) < Fraction(1, 2**200)
-    assert abs(sum(k**6 * p for k, p in law.items()) - (15 * v**3 + 15 * v**2 + v)) < Fraction(1, 2**180)
+    assert moment(law, 0) == 1
+    assert moment(law, 1) == 0
+    assert abs(moment(law, 2) - v) < Fraction(1, 2**220)
+    assert abs(moment(law, 4) - (3 * v**2 + v)) < Fraction(1, 2**200)
+    assert abs(moment(law, 6) - (15 * v**3 + 15 * v**2 + v)) < Fraction(1, 2**180)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -72,7 +78,7 @@ def test_table_is_symmetric_and_ends_where_the_mass_does(variance: float) -> Non
     assert 0 < thresholds[0] < 1 << 24
 
 
-@pytest.mark.parametrize("variance", [0.01, 0.7, 40.0, 1e7])
+@pytest.mark.parametrize("variance", [0.01, 0.7, 40.0, 1e4])
 def test_draws_follow_the_law(variance: float) -> None:
     draws = skellam(variance, 200_000, seeded_stream(0, "draws"))
     assert chi_squared(draws, variance) > 1e-3
