@@ -77,16 +77,16 @@ def compute_update(
         warm: whether the warm-up rounds are over.
     """
     loss = _Loss(settings, negatives, warm)
-    tape = Tape()
+    tape = Tape(recording=settings.training.local_steps == 1)
     states = Recurrence(settings.model).run(parameters, trajectories.items, trajectories.rewards, tape)
     support_end = int(trajectories.support.max())
     support = _take(trajectories, torch.arange(support_end).expand(len(users), -1), trajectories.support)
     users = _adapt(loss, parameters, states[:, :support_end].detach(), support, users)
 
     newer = trajectories.lengths - trajectories.support
-    index = trajectories.support.unsqueeze(-1) + torch.arange(int(newer.max()))
-    query = _take(trajectories, index.clamp(max=trajectories.items.shape[1] - 1), newer)
-    at = index.clamp(max=states.shape[1] - 1)
+    at = trajectories.support.unsqueeze(-1) + torch.arange(int(newer.max()))
+    at = at.clamp(max=trajectories.items.shape[1] - 1)  # padded steps may point anywhere
+    query = _take(trajectories, at, newer)
     if settings.training.local_steps > 1:
         return _several_steps(loss, parameters, trajectories, query, at, users)
     per_user, metrics = loss.shared(parameters, _rows(states, at), query, users, tape)
@@ -164,7 +164,9 @@ def _adapt(loss: _Loss, parameters: Parameters, states: Tensor, support: _Steps,
         per_user, _, _, c = loss.policy(parameters, states, support, leaf, Tape(recording=False))
         scale = mean_over(c, support.mask).clamp(min=_SMALLEST_COEFFICIENT)
         (gradient,) = torch.autograd.grad((per_user / scale).sum(), leaf)
-        users = users - training.user_learning_rate * (gradient + training.user_weight_decay * users)
+        stepped = users - training.user_learning_rate * (gradient + training.user_weight_decay * users)
+        # A device without support keeps its embedding, whoever else is in its block.
+        users = torch.where(support.mask.any(-1, keepdim=True), stepped, users)
     return users.detach()
 
 

@@ -52,12 +52,11 @@ class Tape:
 
 @dataclass
 class Dense:
-    """y = x Wᵀ, on all rows of W or, with `rows` (unique), on those: x (B, T, i), y (B, T, o)."""
+    """y = x Wᵀ: x (B, T, i), y (B, T, o)."""
 
     weight: str
     inputs: Tensor
     output: Tensor
-    rows: Tensor | None = None
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -67,11 +66,7 @@ class Dense:
         return (_gram(deltas[0]) * _gram(self.inputs)).sum((1, 2))
 
     def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        product = _weighted(deltas[0], weights).T @ self.inputs.flatten(0, 1)
-        if self.rows is None:
-            into += product
-        else:
-            into.index_add_(0, self.rows, product)
+        into += _weighted(deltas[0], weights).T @ self.inputs.flatten(0, 1)
 
 
 @dataclass

@@ -70,19 +70,24 @@ def initialise(model: ModelSettings, items: int, estimator: Estimator, generator
         else:
             weight *= 0.05
             weight[:, -1] = 0
+        bias = model.input_width + 1
         if name == "cell.gates":
-            weight[:, model.input_width + 1] = 1
+            weight[:, bias] = 1
+        elif name == "cell.candidate" and model.cell == "gru":
+            weight[:, bias] = 0
         parameters[name] = weight
     return parameters
 
 
 def check_parameters(parameters: Parameters, expected: dict[str, tuple[int, int]]) -> None:
-    """Raise :class:`ModelError` unless names, shapes and finiteness are as expected."""
+    """Raise :class:`ModelError` unless names and shapes are as expected, and all numbers finite float32."""
     if list(parameters) != list(expected):
         raise ModelError(f"Expected the parameters {list(expected)}, found {list(parameters)}.")
     for name, shape in expected.items():
         if tuple(parameters[name].shape) != shape:
             raise ModelError(f"Expected {name} of shape {shape}, found {tuple(parameters[name].shape)}.")
+        if parameters[name].dtype != torch.float32:
+            raise ModelError(f"Expected {name} as float32, found {parameters[name].dtype}.")
         if not bool(torch.isfinite(parameters[name]).all()):
             raise ModelError(f"Expected finite numbers in {name}.")
 
@@ -134,7 +139,7 @@ class Recurrence:
         for gate, drive in zip(gates.unbind(1), torch.tanh(candidate).unbind(1), strict=True):
             keep, take = torch.sigmoid(torch.addmm(gate, states[-1], recurrent)).chunk(2, -1)
             states.append(keep * torch.tanh(states[-1]) + take * drive)
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, torch.stack(states[:-1], 1)], -1), gates))
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, _stack(states[:-1], states[0])], -1), gates))
         tape.uses.append(Dense("cell.candidate", inputs, candidate))
         return torch.stack(states, 1)
 
@@ -151,10 +156,15 @@ class Recurrence:
             resets.append(reset * states[-1])
             fresh = torch.tanh(torch.addmm(drive, resets[-1], candidate_recurrent))
             states.append(keep * states[-1] + (1 - keep) * fresh)
-        before = torch.stack(states[:-1], 1)
+        before = _stack(states[:-1], state)
         tape.uses.append(Dense("cell.gates", torch.cat([biased, before], -1), gates))
-        tape.uses.append(Dense("cell.candidate", torch.cat([biased, torch.stack(resets, 1)], -1), candidate))
+        tape.uses.append(Dense("cell.candidate", torch.cat([biased, _stack(resets, state)], -1), candidate))
         return torch.stack(states, 1)
+
+
+def _stack(steps: list[Tensor], state: Tensor) -> Tensor:
+    """(B, T, n) of T tensors (B, n) shaped like `state`; T may be 0."""
+    return torch.stack(steps, 1) if steps else state.new_zeros(len(state), 0, state.shape[1])
 
 
 def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape) -> Tensor:

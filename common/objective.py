@@ -9,9 +9,12 @@ estimator           c_t
 ``cross-entropy``   1: rewards are ignored
 ``likelihood``      max(r_t, 0)
 ``reinforce``       max(R_t, 0)
-``off-policy``      w_t max(R_t, 0), w_t = min(π(a_t|s_t) / β(a_t|s_t), c)
+``off-policy``      w_t max(R_t, 0), w_t = min(π(a_t|s_t) / β(a_t|s_t), c), see below
 ``top-k``           w_t λ_t max(R_t, 0), λ_t = K (1 − π(a_t|s_t))^{K−1}
 ==================  =================================================================
+
+With `objective.self_normalised` w_t is then divided by its mean over the device's own steps: the cap bounds it before,
+not after, and a device with a single step has w = 1.
 
 Only the positive part of a return counts: −R log π is unbounded below where R < 0, so that a single disliked item
 could drive log π to −∞. Disliked items lose probability because liked ones gain it.
@@ -58,16 +61,15 @@ def coefficients(
         mask: (B, T) bool, the steps that count.
         warm: warm-up is over; before, w = λ = 1.
     """
-    real = mask.to(log_pi.dtype)
     if objective.estimator == "cross-entropy":
-        return real
+        return mask.to(log_pi.dtype)
     if objective.estimator == "likelihood":
-        return rewards.clamp(min=0) * real
-    value = returns.clamp(min=0) * real
+        return torch.where(mask, rewards.clamp(min=0), 0)
+    value = torch.where(mask, returns.clamp(min=0), 0)
     if objective.estimator == "reinforce" or not warm:
         return value
     assert log_beta is not None
-    weights = importance_weights(log_pi, log_beta, objective.weight_cap) * real
+    weights = torch.where(mask, importance_weights(log_pi, log_beta, objective.weight_cap), 0)
     if objective.self_normalised:
         weights = weights / mean_over(weights, mask).clamp(min=torch.finfo(weights.dtype).tiny).unsqueeze(-1)
     if objective.estimator == "top-k":

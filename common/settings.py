@@ -7,6 +7,7 @@ the value and what was expected.
 A setting is here only if it changes the result of a run; how many processes compute it, say, does not.
 """
 
+import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -21,13 +22,20 @@ from common.errors import SettingsError
 Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k"]
 
 
-def _numbers(value: Any) -> Any:
+def _two_numbers(value: Any) -> tuple[float, float]:
     """Flower's flat configuration has no lists: ``"0.5,5"`` stands for ``[0.5, 5]`` there."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"Expected data.rating_range={value!r} to be two finite numbers, the lower one first.")
+    return low, high
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Columns(_Section):
@@ -50,16 +58,13 @@ class DataSettings(_Section):
     """Size of the catalogue: the most frequent items; 0 keeps all."""
     users: int = Field(0, ge=0)
     """Number of users: how many `synthetic` makes (0: 1,000), the first so many of any other source (0: all)."""
-    rating_range: Annotated[tuple[float, float], BeforeValidator(_numbers)] = (0.5, 5.0)
+    rating_range: Annotated[tuple[float, float], BeforeValidator(_two_numbers)] = (0.5, 5.0)
     """Lowest and highest rating that may occur; a public input, never taken from the data."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.rating_range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"Expected rating_range={low},{high} to be two finite numbers, the lower one first.")
         if self.source in ("movielens", "csv") and not self.path:
-            raise ValueError(f"Expected path='' to name the file or folder of source={self.source}.")
+            raise ValueError(f"Expected data.path='' to name the file or folder of data.source={self.source}.")
         return self
 
 
@@ -85,7 +90,7 @@ class ObjectiveSettings(_Section):
     """c in min(π/β, c); e³ ≈ 20 in the paper; inf for none."""
     self_normalised: bool = True
     """Divide the weights by their mean over the device's own steps."""
-    warmup_rounds: int = Field(0, ge=0)
+    warmup_rounds: int = Field(300, ge=0)
     """First rounds in which the correction rests (w = λ = 1) while β learns."""
     softmax: Literal["full", "sampled"] = "sampled"
     negatives: int = Field(1024, ge=1)
@@ -101,14 +106,14 @@ class RewardSettings(_Section):
 class TrainingSettings(_Section):
     """The rounds, and the work of one device in one of them."""
 
-    rounds: int = Field(300, ge=1)
+    rounds: int = Field(600, ge=1)
     cohort_rate: float = Field(0.1, gt=0, le=1)
     """q: the probability with which each device takes part in a round, independently."""
     window: int = Field(64, ge=2)
     """Longest stretch of its history that a device trains on in one round."""
     support_fraction: float = Field(0.25, ge=0, lt=1)
     """Share of the window, its older part, that adapts the user embedding; the rest makes the shared update."""
-    user_steps: int = Field(2, ge=0)
+    user_steps: int = Field(1, ge=0)
     """Local gradient steps on the user embedding."""
     user_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     user_weight_decay: float = Field(3.0, ge=0, allow_inf_nan=False)
@@ -119,8 +124,17 @@ class TrainingSettings(_Section):
     optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adam"
     learning_rate: float = Field(0.004, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    seed: int = Field(0, ge=0)
-    checkpoint_every: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    checkpoint_every: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.user_learning_rate * self.user_weight_decay >= 2:
+            raise ValueError(
+                f"Expected training.user_learning_rate={self.user_learning_rate} × "
+                f"user_weight_decay={self.user_weight_decay} < 2: user embeddings would grow without end."
+            )
+        return self
 
 
 class GroupScale(_Section):
@@ -254,22 +268,23 @@ def parse_flat(flat: Mapping[str, Any]) -> Settings:
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
     """Read a TOML file (defaults without one) and apply ``a.b=c`` overrides in order.
 
-    The value of an override is TOML where it parses as TOML and a plain string otherwise.
+    The value of an override is TOML where it parses as TOML, and the text itself otherwise or where a text is expected.
     Raises :class:`SettingsError`.
     """
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+            tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise SettingsError(f"Expected {path} to be a readable TOML file: {error.strerror}.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"Expected {path} to be valid TOML: {error}.") from None
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
+        key, equals, text = (part.strip() for part in override.partition("="))
+        if not equals or not all(key.split(".")):
             raise SettingsError(f"Expected --set {override!r} to look like section.key=value.")
-        _put(tree, key.strip(), _parse_value(text.strip()))
+        value = _parse_value(text)
+        _put(tree, key, text if _TYPES.get(key) is str and not isinstance(value, str) else value)
     return parse_settings(tree)
 
 
@@ -294,8 +309,18 @@ def _explain(detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     kind, value, message = detail["type"], detail["input"], str(detail["msg"])
     if kind == "extra_forbidden":
-        return f"Unknown setting {key}={value!r}: see `fedtopk simulate --help` for where settings are listed."
+        while isinstance(value, dict) and value:
+            inner, value = next(iter(value.items()))
+            key = f"{key}.{inner}"
+        close = difflib.get_close_matches(key, _TYPES, n=1)
+        hint = f"did you mean {close[0]}?" if close else "the settings.toml of any run lists all."
+        return f"Unknown setting {key}={value!r}: {hint}"
     if kind == "value_error":
-        text = message.removeprefix("Value error, ")
-        return f"{key}: {text}" if key else text
+        return message.removeprefix("Value error, ")
+    if kind == "model_type":
+        return f"Expected {key}={value!r} to be a section of settings."
     return f"Expected {key}={value!r}: {message[0].lower()}{message[1:]}."
+
+
+_TYPES = {key: type(value) for key, value in Settings().flat().items() if key != "data.rating_range"}
+"""Every setting with the type of its default."""

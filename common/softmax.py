@@ -72,8 +72,10 @@ def log_probabilities(
     own = tape.watch((queries * weight[items]).sum(-1))
     column = negatives.column[items]
     tape.uses.append(Sampled(name, queries, negatives.ids, items, column, drawn, own))
-    corrected = _without_hits(drawn + negatives.log_weights, column)
-    return own - torch.logaddexp(own, corrected.logsumexp(-1))
+    log_probability: Tensor = _SampledLogSoftmax.apply(  # type: ignore[no-untyped-call]
+        drawn, own, negatives.log_weights, column
+    )[0]
+    return log_probability
 
 
 class _ItemLogSoftmax(torch.autograd.Function):
@@ -102,8 +104,32 @@ class _ItemLogSoftmax(torch.autograd.Function):
         return delta.scatter_add_(-1, at, gradient.unsqueeze(-1)), None
 
 
-def _without_hits(logits: Tensor, column: Tensor) -> Tensor:
-    """Mask each step's own item among the negatives."""
-    place = column.clamp(min=0).unsqueeze(-1)
-    kept = torch.where(column.unsqueeze(-1) >= 0, -torch.inf, logits.gather(-1, place))
-    return logits.scatter(-1, place, kept)
+class _SampledLogSoftmax(torch.autograd.Function):
+    """own − log Ẑ, with the exponentials of the forward pass kept for the backward one: they are most of the work.
+
+    A step's own item is masked among the negatives (`column`, or -1): an accidental hit counts for nothing.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(drawn: Tensor, own: Tensor, log_weights: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        place = column.clamp(min=0).unsqueeze(-1)
+        masses = drawn + log_weights
+        kept = torch.where(column.unsqueeze(-1) >= 0, -torch.inf, masses.gather(-1, place))
+        masses = masses.scatter(-1, place, kept)
+        highest = torch.maximum(masses.amax(-1), own)
+        masses = (masses - highest.unsqueeze(-1)).exp()
+        normaliser = masses.sum(-1) + (own - highest).exp()
+        return own - highest - normaliser.log(), masses / normaliser.unsqueeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        log_probability, probabilities = output
+        ctx.mark_non_differentiable(probabilities)
+        ctx.save_for_backward(log_probability, probabilities)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        log_probability, probabilities = ctx.saved_tensors
+        return probabilities * -gradient.unsqueeze(-1), gradient * (1 - log_probability.exp()), None, None

@@ -15,7 +15,7 @@ class Trajectories:
 
     Attributes:
         items: (B, T) int64 logged items, oldest first; 0 where padded.
-        rewards: (B, T) float32 in [-5, 5]; 0 where padded.
+        rewards: (B, T) float32, in [-5, 5] for ratings in the declared range; 0 where padded.
         returns: (B, T) float32 discounted sums of this user's own rewards from each step on.
         lengths: (B,) int64, number of real steps, 0 to T.
         support: (B,) int64, number of leading steps that adapt the user embedding; the others make the update.
@@ -48,7 +48,7 @@ def window_starts(seed: int, round_: int, devices: np.ndarray, lengths: np.ndarr
         lengths: (B,) int64 lengths of the histories.
     """
     # SplitMix64 (Steele et al. 2014), chained over the three numbers: a stateless draw that vectorises.
-    bits = np.full(len(devices), seed, dtype=np.uint64)
+    bits = _mix(np.full(len(devices), seed, dtype=np.uint64))
     for word in (np.uint64(round_), devices.astype(np.uint64)):
         bits = _mix(bits ^ word)
     places = np.maximum(lengths - window, 0).astype(np.uint64) + np.uint64(1)
@@ -92,5 +92,5 @@ def pad(
         rewards=gather(rewards, np.float32),
         returns=gather(returns, np.float32),
         lengths=torch.from_numpy(lengths.astype(np.int64)),
-        support=torch.from_numpy((lengths * support_fraction).astype(np.int64)),
+        support=torch.from_numpy(np.floor(lengths * support_fraction + 1e-9).astype(np.int64)),
     )

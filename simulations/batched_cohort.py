@@ -113,13 +113,13 @@ def _compute_block(
     update = compute_update(offer.settings, offer.parameters, windows, users, offer.negatives, offer.warm)
     norms = update.gradients.norms()
     total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
-    scaled = total.double().mul_(fixed_point_scale(clip)).round_()
-    if not bool((scaled.abs() < 2.0**52).all()):
+    highest = float(total.abs().amax()) * fixed_point_scale(clip)
+    if not highest < 2.0**52:
         raise AggregationError(
-            f"Expected finite block sums below 2^52 fixed-point units, found {float(scaled.abs().max())}: "
+            f"Expected finite block sums below 2^52 fixed-point units, found {highest}: "
             "the training diverged; lower training.learning_rate or set a finite privacy.clip_norm."
         )
-    fixed += scaled.numpy().astype(np.int64)
+    fixed += total.double().mul_(fixed_point_scale(clip)).round_().numpy().astype(np.int64)
     metrics = {name: float(value.double().sum()) for name, value in update.local_metrics.items()}
     metrics |= {"clipped": float((norms > clip).double().sum()), "norm": float(norms.double().sum())}
     return _Block(devices, update.local_users, metrics)

@@ -21,9 +21,6 @@ LENGTHS = (9, 0, 1, 30, 2, 3, 17, 4)
 ITEMS = 60
 CASES = list(itertools.product(("cfn", "gru"), ("full", "sampled"), ("cross-entropy", "reinforce", "top-k"), (1, 3)))
 COMBINED = list(itertools.product(("cfn", "gru"), ("full", "sampled")))
-SHORT = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="only beside others is a device without a support pulled towards 0"
-)
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def test_a_batch_is_its_devices_one_by_one(cell: str, softmax: str, estimator: s
 
 
 @pytest.mark.parametrize("local_steps", [1, 3])
-@pytest.mark.parametrize("device", [at if LENGTHS[at] >= 4 else pytest.param(at, marks=SHORT) for at in range(8)])
+@pytest.mark.parametrize("device", range(8))
 def test_a_device_with_an_old_embedding_is_the_same_alone(device: int, local_steps: int) -> None:
     batch = devices("cfn", "sampled", "top-k", local_steps, embedded=True)
     assert_near(batch.update().local_users[device], batch.alone(device).update().local_users[0])

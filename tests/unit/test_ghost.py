@@ -68,12 +68,6 @@ def dense(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
     return output
 
 
-def dense_rows(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
-    output = tape.watch(problem.inputs @ weight[problem.rows].T)
-    tape.uses.append(Dense("w", problem.inputs, output, problem.rows))
-    return output
-
-
 def lookup(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
     output = tape.watch(weight[problem.ids])
     tape.uses.append(Lookup("w", problem.ids, output))
@@ -90,7 +84,7 @@ def sampled(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
     return torch.cat([negative.masked_fill(hit, 0), own.unsqueeze(-1)], -1)
 
 
-FORWARDS: list[Callable[[Problem, Tensor, Tape], Tensor]] = [dense, dense_rows, lookup, sampled]
+FORWARDS: list[Callable[[Problem, Tensor, Tape], Tensor]] = [dense, lookup, sampled]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -262,7 +262,6 @@ def test_self_normalised_weights_have_mean_one_over_the_users_own_steps(seed: in
     torch.testing.assert_close(found / found[:, :1], torch.where(mask, ratio / ratio[:, :1], 0))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="without a cap, inf · 0 = nan outside of the mask")
 def test_coefficients_are_zero_outside_of_the_mask_without_a_cap() -> None:
     log_pi, log_beta = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -100.0]])
     mask, rewards = torch.tensor([[True, False]]), torch.tensor([[1.0, 0.0]])

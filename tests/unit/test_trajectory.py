@@ -85,9 +85,6 @@ def test_same_seed_and_round_draw_the_same() -> None:
     assert (starts(seed=4, round_=2) == starts(seed=4, round_=2)).all()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="seed and round meet in a plain xor: seeds share their rounds' windows"
-)
 def test_another_seed_is_not_the_same_rounds_in_another_order() -> None:
     mine, other = ({tuple(starts(seed, round_, devices=20)) for round_ in range(4)} for seed in (0, 1))
     assert not mine & other
