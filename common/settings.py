@@ -90,7 +90,7 @@ class ObjectiveSettings(_Section):
     """c in min(π/β, c); e³ ≈ 20 in the paper; inf for none."""
     self_normalised: bool = True
     """Divide the weights by their mean over the device's own steps."""
-    warmup_rounds: int = Field(300, ge=0)
+    warmup_rounds: int = Field(200, ge=0)
     """First rounds in which the correction rests (w = λ = 1) while β learns."""
     softmax: Literal["full", "sampled"] = "sampled"
     negatives: int = Field(1024, ge=1)
@@ -106,7 +106,7 @@ class RewardSettings(_Section):
 class TrainingSettings(_Section):
     """The rounds, and the work of one device in one of them."""
 
-    rounds: int = Field(600, ge=1)
+    rounds: int = Field(400, ge=1)
     cohort_rate: float = Field(0.1, gt=0, le=1)
     """q: the probability with which each device takes part in a round, independently."""
     window: int = Field(64, ge=2)

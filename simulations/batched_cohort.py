@@ -92,7 +92,7 @@ class BatchedCohort:
             (devices, self._population.windows(offer.round, devices), self._population.users[devices])
             for devices in cuts
         ]
-        if self._pool is not None:
+        if self._pool is not None and len(jobs) > 1:
             yield from self._pool.compute(offer, jobs, fixed)
             return
         with one_thread():

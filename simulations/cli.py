@@ -1,5 +1,6 @@
 """The `fedtopk` command."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,9 @@ def simulate(
     config: ConfigOption = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; they change the speed and nothing else.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; they change the speed and nothing else.")] = len(
+        os.sched_getaffinity(0)
+    ),
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""

@@ -21,6 +21,7 @@ TINY = {
     "model.state_width": 6,
     "model.user_width": 3,
     "objective.negatives": 20,
+    "objective.warmup_rounds": 2,
     "training.rounds": 6,
     "training.cohort_rate": 0.4,
     "privacy.randomness": "seeded",
