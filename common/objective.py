@@ -22,7 +22,6 @@ could drive log π to −∞. Disliked items lose probability because liked ones
 
 import numpy as np
 import torch
-from scipy.signal import lfilter
 from torch import Tensor
 
 from common.settings import ObjectiveSettings
@@ -30,6 +29,10 @@ from common.settings import ObjectiveSettings
 
 def returns_of(rewards: np.ndarray, discount: float) -> np.ndarray:
     """(T,) returns R_t = Σ_{t' ≥ t} γ^{t'−t} r_{t'} of one user's own history, oldest first."""
+    if discount == 0:
+        return rewards
+    from scipy.signal import lfilter  # slow to import, and not needed without a discount
+
     backwards = lfilter([1.0], [1.0, -discount], rewards[::-1].astype(np.float64))
     return np.asarray(backwards[::-1], dtype=np.float32)
 

@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -16,6 +16,11 @@ from common.console import Format, answer, stderr
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
 from server.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from simulations.simulate import Watch
+
+_CORES = len(os.sched_getaffinity(0))
 
 app = typer.Typer(
     help="Federated, differentially private training of the top-K off-policy-corrected REINFORCE recommender.",
@@ -29,6 +34,9 @@ app.add_typer(data_app, name="data")
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; what it lacks is default.")]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes; they change the speed and nothing else.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
@@ -43,14 +51,10 @@ def simulate(
     config: ConfigOption = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; they change the speed and nothing else.")] = len(
-        os.sched_getaffinity(0)
-    ),
+    workers: WorkersOption = _CORES,
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
-    from simulations.progress import RoundsBar
-    from simulations.simulate import Watch
     from simulations.simulate import simulate as run
 
     if resume and (config is not None or overrides):
@@ -58,17 +62,33 @@ def simulate(
     folder = RunFolder(out)
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
-    with _stoppable() as should_stop, RoundsBar(rounds, "training") as bar:
-        watch = Watch(
-            note=lambda sentence: stderr.print(sentence, highlight=False),
-            on_round=lambda progress, remark: bar.update(progress.round, remark),
-            should_stop=should_stop,
-        )
-        report = run(folder, watch, settings=settings, workers=workers)
+    with ExitStack() as bars, _stoppable() as should_stop:
+        report = run(folder, _watch(bars, "training", rounds, should_stop), settings=settings, workers=workers)
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
         raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the demo's runs.")] = Path(
+        "runs/demo"
+    ),
+    workers: WorkersOption = _CORES,
+    format: FormatOption = "text",
+) -> None:
+    """Train on MovieLens small without privacy and under two budgets, and print the results table (minutes)."""
+    from rich.console import Group
+
+    from simulations.demo import demo as run
+    from simulations.demo import results_table, verdict
+
+    with ExitStack() as bars, _stoppable() as should_stop:
+        reports = run(out, workers, lambda name, rounds: _watch(bars, name, rounds, should_stop))
+    if any(report["status"] == "stopped" for report in reports.values()):
+        raise typer.Exit(130)
+    answer(format, reports, lambda: Group(results_table(reports), verdict(reports), f"Run folders: {out}/run-*"))
 
 
 @app.command()
@@ -121,6 +141,20 @@ def doctor(format: FormatOption = "text") -> None:
     answer(format, findings, lambda: _findings_table(findings))
     if not all(finding["ok"] or finding["optional"] for finding in findings):
         raise typer.Exit(1)
+
+
+def _watch(bars: ExitStack, title: str, rounds: int, should_stop: Callable[[], bool]) -> "Watch":
+    """A run's progress bar, which ends with the stack, and its notes on standard error."""
+    from simulations.progress import RoundsBar
+    from simulations.simulate import Watch
+
+    bars.close()  # the bar of the run before
+    bar = bars.enter_context(RoundsBar(rounds, title))
+    return Watch(
+        note=lambda sentence: stderr.print(sentence, highlight=False),
+        on_round=lambda progress, remark: bar.update(progress.round, remark),
+        should_stop=should_stop,
+    )
 
 
 @contextmanager

@@ -22,12 +22,9 @@ class Population:
         self._offsets = histories.offsets
         self._items = histories.items
         self._rewards = rewards_of(histories.ratings, settings.data.rating_range)
-        discount = settings.objective.discount
-        if discount:
-            parts = [returns_of(self._rewards[own], discount) for own in histories.slices()]
-            self._returns = np.concatenate(parts) if parts else self._rewards
-        else:
-            self._returns = self._rewards
+        self._returns = self._rewards.copy()
+        for own in histories.slices():
+            self._returns[own] = returns_of(self._rewards[own], settings.objective.discount)
         self.users = torch.zeros(histories.users, settings.model.user_width)
 
     def __len__(self) -> int:
