@@ -122,7 +122,7 @@ class TrainingSettings(_Section):
     """Local gradient steps on the shared part; above 1 a model per device is held in memory."""
     local_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adam"
-    learning_rate: float = Field(0.004, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(0.004, gt=0, le=1e6)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(10, ge=1)
@@ -177,8 +177,9 @@ class AggregationSettings(_Section):
 class GuardSettings(_Section):
     """What a device insists on."""
 
-    minimum_cohort: int = Field(3, ge=1)
-    """A smaller roster uploads nothing; its round releases noise alone."""
+    minimum_cohort: int = Field(1, ge=1)
+    """A smaller roster uploads nothing; its round releases noise alone. Above 1 one user can decide whether the others
+    are in the sum: the budget refuses a population and a rate at which that is likely."""
 
 
 class EvaluationSettings(_Section):
@@ -283,16 +284,23 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
         key, equals, text = (part.strip() for part in override.partition("="))
         if not equals or not all(key.split(".")):
             raise SettingsError(f"Expected --set {override!r} to look like section.key=value.")
-        value = _parse_value(text)
-        _put(tree, key, text if _TYPES.get(key) is str and not isinstance(value, str) else value)
+        _put(tree, key, _parse_value(text, _TYPES.get(key)))
     return parse_settings(tree)
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, expected: type | None) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
+        value = text
+    if expected is str and not isinstance(value, str):
         return text
+    if expected is float and isinstance(value, str):  # TOML has no .5
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -58,9 +58,13 @@ class FlowerCohort:
         survivors, bytes_up, reasons = 0, 0, []
         for reply in self._exchange(messages):
             if reply.has_error():
-                reasons.append(str(reply.error.reason))
+                reasons.append(_last_line(reply.error.reason))
                 continue
-            update = read_update(reply, offer.encoding)
+            try:
+                update = read_update(reply, offer.encoding)
+            except AggregationError as error:  # one malformed update is a dropout, as an error is
+                reasons.append(str(error))
+                continue
             add_residues(residues, update, offer.encoding.bits)
             survivors += 1
             bytes_up = update.nbytes
@@ -78,22 +82,25 @@ class FlowerCohort:
         """Ask every node for its device's number, until all are known. Raises :class:`AggregationError`."""
         nodes: dict[int, int] = {}
         asked: set[int] = set()
+        refusals: list[str] = []
         newest = time.monotonic()
         while expected is None or len(nodes) < expected:
             new = set(self._grid.get_node_ids()) - asked
             asked |= new
             for reply in self._exchange([Message(RecordDict(), node, f"query.{IDENTIFY}") for node in new]):
                 if reply.has_error():
-                    raise AggregationError(f"A device could not tell its number: {reply.error.reason}.")
+                    refusals.append(_last_line(reply.error.reason))
+                    continue
                 nodes[read_identity(reply)] = reply.metadata.src_node_id
                 newest = time.monotonic()
             waited = time.monotonic() - newest
             if expected is None and nodes and waited > _SETTLED_SECONDS:
                 break
             if waited > _PATIENCE_SECONDS:
+                nodes_option = f'--federation-config "num-supernodes={expected or 2}"'
                 raise AggregationError(
                     f"Expected {expected or 'some'} devices, found {len(nodes)}: in a Flower simulation, pass "
-                    f'--federation-config "num-supernodes={expected or 2}" to `flwr run`.'
+                    f"{nodes_option} to `flwr run`. {' '.join(refusals[:1])}".rstrip()
                 )
             time.sleep(_POLL_SECONDS)
         if set(nodes) != set(range(len(nodes))):
@@ -102,3 +109,9 @@ class FlowerCohort:
 
     def _exchange(self, messages: list[Message]) -> Iterable[Message]:
         return self._grid.send_and_receive(messages, timeout=self._timeout) if messages else ()
+
+
+def _last_line(reason: str | None) -> str:
+    """What an error says in its own words: Flower's reasons are whole tracebacks."""
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -79,6 +79,12 @@ class LedgerReader:
             return _count(connection, _charged())
 
     @property
+    def attempts(self) -> int:
+        """How often coins were flipped, whether or not anybody uploaded then."""
+        with self._store.transaction() as connection:
+            return connection.execute(select(func.count()).select_from(ledger_table)).scalar_one()
+
+    @property
     def server_uploads(self) -> int:
         """How many attempts ε_server is to be computed for: those that devices uploaded to. Same guarantee."""
         with self._store.transaction() as connection:

@@ -18,10 +18,12 @@ def build_report(training: Training, outcome: Outcome, evaluation: dict[str, Any
         "client_updates": outcome.client_updates,
         "seconds": round(outcome.seconds, 3),
     }
-    if outcome.session_updates:
-        report["client_updates_per_second"] = round(outcome.session_updates / outcome.seconds, 1)
+    if outcome.reason:
+        report["reason"] = outcome.reason
+    if outcome.client_updates:
+        report["client_updates_per_second"] = round(outcome.client_updates / outcome.seconds, 1)
     report["parameters"] = sum(value.numel() for value in outcome.parameters.values())
-    report["privacy"] = training.budget.statement(training.ledger.model_releases, training.ledger.server_uploads)
+    report["privacy"] = training.budget.statement(training.ledger.model_releases, training.ledger.attempts)
     if evaluation:
         report["evaluation"] = evaluation
     aggregation = {"kind": training.settings.aggregation.kind, "dropouts": outcome.dropouts}

@@ -1,8 +1,10 @@
 """A run folder: settings, checkpoints, event store, and at the end the model and the report."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from common.errors import RunError
 from common.model import Parameters
 from common.settings import Settings, load_settings
 from server.durable import replacing
-from server.store import Store, open_store
+from server.events import EventReader, Events
+from server.store import DATABASE, Store, open_store
+
+_BEGUN = "begun"
 
 
 @dataclass(frozen=True)
@@ -40,21 +45,32 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def open(self, settings: Settings, resume: bool) -> Store:
-        """The store of a new run, whose settings are written, or of one that is to go on.
-
-        Raises :class:`RunError` if the folder cannot be written to, is in use, or already holds a run.
-        """
-        if resume:
-            return open_store(self.path)
-        if self.settings_file.exists():
+    def expect_new(self) -> None:
+        """Raise :class:`RunError` if the folder holds a run, or what is left of one."""
+        if any((self.path / name).exists() for name in (self.settings_file.name, DATABASE, self.checkpoints.name)):
             raise RunError(
                 f"Expected {self.path} to hold no run yet: go on with it by --resume, or pick another --out."
             )
+
+    def open(self, settings: Settings, resume: bool) -> Store:
+        """The store of a new run, whose settings are written, or of one that is to go on.
+
+        Raises :class:`RunError` if the folder cannot be written to, is in use, already holds a run, or, to go on, holds
+        other settings than the run was begun with: its ledger and its noise would not be those of its report.
+        """
+        if not resume:
+            self.expect_new()
         store = open_store(self.path)
         try:
-            with replacing(self.settings_file) as file:
-                file.write_text(settings.to_toml(), encoding="utf-8")
+            digest = sha256(settings.to_toml().encode()).hexdigest()
+            if resume:
+                begun = EventReader(store).read(kinds=[_BEGUN])
+                if not begun or begun[0].fields["settings"] != digest:
+                    raise RunError(f"Expected {self.settings_file} to be as it was when the run was begun.")
+            else:
+                Events(store, time.time).record(_BEGUN, settings=digest)
+                with replacing(self.settings_file) as file:
+                    file.write_text(settings.to_toml(), encoding="utf-8")
         except BaseException:
             store.close()
             raise

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from common.errors import AggregationError, BudgetExceeded
+from common.errors import AggregationError, BudgetExceeded, FedtopkError
 from common.model import Parameters, check_parameters, group_of, unflatten
 from common.offer import Offer
 from common.privacy.budget import Budget
 from common.settings import Settings, TrainingSettings
+from common.threads import one_thread
 from server.checkpoint import Checkpoint, load_latest, save
 from server.cohort import Cohort, CohortSum
 from server.events import Events
@@ -36,17 +37,18 @@ class Outcome:
     """How a run ended, and its model.
 
     Attributes:
+        reason: why it ended before its last round, if the budget did it.
         rounds, client_updates, dropouts: of the whole run, what came before a resume included.
-        session_updates, seconds: updates and time of the rounds of this process alone.
+        seconds: spent in those rounds.
         bytes_up, bytes_down: sent by and to one device in a round, if anything was sent.
     """
 
     status: Status
+    reason: str
     rounds: int
     parameters: Parameters
     client_updates: int
     dropouts: int
-    session_updates: int
     seconds: float
     bytes_up: int | None
     bytes_down: int | None
@@ -87,6 +89,7 @@ class Training:
         self._model = {name: torch.nn.Parameter(value.clone()) for name, value in self.parameters.items()}
         self._optimizer = make_optimizer(self.settings.training, list(self._model.values()))
         self._round = self._saved = self._client_updates = self._dropouts = 0
+        self._seconds = 0.0
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, or from the start where there is none.
@@ -105,13 +108,15 @@ class Training:
         self._round = self._saved = checkpoint.round
         self._client_updates = int(checkpoint.metadata["client_updates"])
         self._dropouts = int(checkpoint.metadata["dropouts"])
+        self._seconds = float(checkpoint.metadata["seconds"])
         self.ledger.reconcile(checkpoint.round)
         self.events.record("resumed", self._round)
 
+    @one_thread()  # several would wait for each other where the devices' processes keep the cores busy
     def run(self, should_stop: Callable[[], bool], on_round: Callable[[Progress], None]) -> Outcome:
         """Train until the last round, the end of the budget, or until `should_stop` says so between two rounds."""
         status: Status = "finished"
-        before, seconds = self._client_updates, 0.0
+        reason = ""
         bytes_up = bytes_down = None
         while self._round < self.settings.training.rounds:
             if should_stop():
@@ -120,26 +125,28 @@ class Training:
             start = time.perf_counter()
             try:
                 members, cohort_sum = self._one_round(self._round + 1)
-            except BudgetExceeded:
-                status = "budget spent"
+            except BudgetExceeded as error:
+                if not self._round:
+                    raise
+                status, reason = "budget spent", str(error)
                 break
-            except AggregationError:
+            except FedtopkError:
                 self._checkpoint()
                 raise
             spent = time.perf_counter() - start
-            seconds += spent
+            self._seconds += spent
             bytes_up, bytes_down = cohort_sum.bytes_up or bytes_up, cohort_sum.bytes_down or bytes_down
             on_round(Progress(self._round, self.current(), members, spent, cohort_sum))
         self._checkpoint()
-        self.events.record(status, self._round)
+        self.events.record(status, self._round, reason=reason)
         return Outcome(
             status,
+            reason,
             self._round,
             self.current(),
             self._client_updates,
             self._dropouts,
-            self._client_updates - before,
-            seconds,
+            self._seconds,
             bytes_up,
             bytes_down,
         )
@@ -175,19 +182,35 @@ class Training:
         return len(members), cohort_sum
 
     def _step(self, cohort_sum: CohortSum) -> None:
-        """One step along the mean over the *expected* cohort: dividing by who answered would not be private."""
+        """One step along the mean over the *expected* cohort: dividing by who answered would not be private.
+
+        Raises :class:`AggregationError`, with the model as it was, if the step leads out of the finite numbers.
+        """
+        before = {name: value.detach().clone() for name, value in self._model.items()}
         expected = self.settings.training.cohort_rate * self.cohort.devices
         mean = torch.from_numpy(cohort_sum.total / expected).float()
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in self._model.items()}
         for name, gradient in unflatten(mean, shapes).items():
             self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
         self._optimizer.step()
+        if not all(bool(torch.isfinite(value).all()) for value in self._model.values()):
+            with torch.no_grad():
+                for name, value in before.items():
+                    self._model[name].copy_(value)
+            raise AggregationError(
+                f"Training diverged in round {self._round + 1}: lower training.learning_rate="
+                f"{self.settings.training.learning_rate} or set a finite privacy.clip_norm."
+            )
 
     def _checkpoint(self) -> None:
         """Write the state after the last completed round, unless it is written."""
         if self._saved == self._round:
             return
-        metadata = {"client_updates": str(self._client_updates), "dropouts": str(self._dropouts)}
+        metadata = {
+            "client_updates": str(self._client_updates),
+            "dropouts": str(self._dropouts),
+            "seconds": str(self._seconds),
+        }
         state = self._optimizer.state_dict()
         save(self.checkpoints, Checkpoint(self._round, self.current(), state, self.cohort.state(), metadata))
         self._saved = self._round

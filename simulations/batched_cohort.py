@@ -1,18 +1,20 @@
 """The `central` kind: a cohort's clipped sum by the batched engine, without a per-device update.
 
-The members are cut into blocks that depend on the members alone. Each block's float32 sum becomes an int64 fixed-point
-vector, and integers add up to the same total in any order: one process or many give the same integers
-(``tests/contract/test_workers.py``). Rotation, rounding and noise happen once, on the total.
+The members are cut into blocks that depend on the members and the lengths of their windows alone. Each block's float32
+sum becomes an int64 fixed-point vector, and integers add up to the same total in any order: one process or many give
+the same integers (``tests/contract/test_workers.py``). Rotation, rounding and noise happen once, on the total.
 """
 
-import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Self
 
@@ -71,7 +73,7 @@ class BatchedCohort:
         return {"users": self._population.users}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._population.users.copy_(state["users"])
+        self._population.restore(state)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         fixed = np.zeros(sum(value.numel() for value in offer.parameters.values()), np.int64)
@@ -101,8 +103,8 @@ class BatchedCohort:
 
 
 def fixed_point_scale(clip_norm: float) -> float:
-    """Units per 1.0 of a block sum's fixed point: exact for 2^26 devices at the clip; 2^24 without a clip."""
-    return 2.0**36 / clip_norm if math.isfinite(clip_norm) else 2.0**24
+    """Units per 1.0 of a block sum's fixed point: room for 2^26 devices at the clip, and never coarser than 2^-24."""
+    return max(2.0**36 / clip_norm, 2.0**24)
 
 
 def _compute_block(
@@ -112,17 +114,23 @@ def _compute_block(
     clip = offer.settings.privacy.clip_norm
     update = compute_update(offer.settings, offer.parameters, windows, users, offer.negatives, offer.warm)
     norms = update.gradients.norms()
+    if not bool(torch.isfinite(norms).all()):
+        raise _diverged(offer, "a device's gradient is not finite")
     total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
     highest = float(total.abs().amax()) * fixed_point_scale(clip)
     if not highest < 2.0**52:
-        raise AggregationError(
-            f"Expected finite block sums below 2^52 fixed-point units, found {highest}: "
-            "the training diverged; lower training.learning_rate or set a finite privacy.clip_norm."
-        )
+        raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
     fixed += total.double().mul_(fixed_point_scale(clip)).round_().numpy().astype(np.int64)
     metrics = {name: float(value.double().sum()) for name, value in update.local_metrics.items()}
     metrics |= {"clipped": float((norms > clip).double().sum()), "norm": float(norms.double().sum())}
     return _Block(devices, update.local_users, metrics)
+
+
+def _diverged(offer: Offer, sign: str) -> AggregationError:
+    return AggregationError(
+        f"Training diverged by round {offer.round} ({sign}): lower training.learning_rate="
+        f"{offer.settings.training.learning_rate} or set a finite privacy.clip_norm."
+    )
 
 
 def _means(blocks: list[_Block]) -> dict[str, float]:
@@ -149,7 +157,8 @@ class _Pool:
         # The parameters travel through shared memory, not with every job.
         light = replace(offer, parameters={})
         try:
-            futures = [self._executor.submit(_work, light, job) for job in jobs]  # type: ignore[union-attr]
+            with _signals_held_back():  # the workers that this starts inherit it: Ctrl-C is the main process's
+                futures = [self._executor.submit(_work, light, job) for job in jobs]  # type: ignore[union-attr]
             wait(futures)  # before any error is raised: a straggler must not write into the next round's sums
             blocks = [future.result() for future in futures]
         except BrokenProcessPool:
@@ -183,9 +192,26 @@ def _shared(values: Tensor) -> Tensor:
 
 def _start_worker(shared: Tensor, sums: Tensor, shapes: dict[str, tuple[int, int]], slots: "SimpleQueue[int]") -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker = _Worker(unflatten(shared, shapes), sums[slots.get()].numpy())
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclass

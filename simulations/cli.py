@@ -62,8 +62,8 @@ def simulate(
     folder = RunFolder(out)
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
-    with ExitStack() as bars, _stoppable() as should_stop:
-        report = run(folder, _watch(bars, "training", rounds, should_stop), settings=settings, workers=workers)
+    with ExitStack() as bars:
+        report = run(folder, _watch(bars, "training", rounds), settings=settings, workers=workers)
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
@@ -84,8 +84,8 @@ def demo(
     from simulations.demo import demo as run
     from simulations.demo import results_table, verdict
 
-    with ExitStack() as bars, _stoppable() as should_stop:
-        reports = run(out, workers, lambda name, rounds: _watch(bars, name, rounds, should_stop))
+    with ExitStack() as bars:
+        reports = run(out, workers, lambda name, rounds: _watch(bars, name, rounds))
     if any(report["status"] == "stopped" for report in reports.values()):
         raise typer.Exit(130)
     answer(format, reports, lambda: Group(results_table(reports), verdict(reports), f"Run folders: {out}/run-*"))
@@ -143,7 +143,7 @@ def doctor(format: FormatOption = "text") -> None:
         raise typer.Exit(1)
 
 
-def _watch(bars: ExitStack, title: str, rounds: int, should_stop: Callable[[], bool]) -> "Watch":
+def _watch(bars: ExitStack, title: str, rounds: int) -> "Watch":
     """A run's progress bar, which ends with the stack, and its notes on standard error."""
     from simulations.progress import RoundsBar
     from simulations.simulate import Watch
@@ -153,12 +153,12 @@ def _watch(bars: ExitStack, title: str, rounds: int, should_stop: Callable[[], b
     return Watch(
         note=lambda sentence: stderr.print(sentence, highlight=False),
         on_round=lambda progress, remark: bar.update(progress.round, remark),
-        should_stop=should_stop,
+        patient=_patient,
     )
 
 
 @contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
+def _patient() -> Iterator[Callable[[], bool]]:
     """Let the first Ctrl-C (or SIGTERM) ask for a stop between two rounds; the second one interrupts at once."""
     asked = False
 
@@ -229,10 +229,8 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(arguments, prog_name="fedtopk", standalone_mode=False)
-    except KeyboardInterrupt:
-        stderr.print("Interrupted. A run folder can be resumed with --resume.")
-        code = 130
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click turns the one into the other
+        stderr.print("Interrupted. A run folder goes on with: fedtopk simulate --resume --out RUN")
         code = 130
     except click.ClickException as error:
         error.show()

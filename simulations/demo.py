@@ -13,10 +13,10 @@ from simulations.simulate import Watch, simulate
 RUNS = {
     "cross-entropy, not private": ["objective.estimator=cross-entropy", "privacy.mechanism=none"],
     "top-K, not private": ["privacy.mechanism=none"],
-    "top-K, ε=8": ["privacy.target_epsilon=8"],
-    "top-K, ε=2": ["privacy.target_epsilon=2"],
+    "top-K, ε=8": ["privacy.target_epsilon=8", "training.rounds=200", "objective.warmup_rounds=100"],
+    "top-K, ε=2": ["privacy.target_epsilon=2", "training.rounds=200", "objective.warmup_rounds=100"],
 }
-"""What each run changes of the default settings."""
+"""What each run changes of the default settings. At a given ε more rounds mean more noise in each and gain nothing."""
 
 
 def demo(out: Path, workers: int, watch_of: Callable[[str, int], Watch]) -> dict[str, Any]:
@@ -29,7 +29,9 @@ def demo(out: Path, workers: int, watch_of: Callable[[str, int], Watch]) -> dict
     for number, (name, overrides) in enumerate(RUNS.items(), start=1):
         settings = load_settings(None, overrides)
         watch = watch_of(name, settings.training.rounds)
-        reports[name] = simulate(RunFolder(out / f"run-{number}"), watch, settings=settings, workers=workers)
+        folder = RunFolder(out / f"run-{number}")
+        begun = folder.settings_file.exists()  # an earlier demo goes on where it ended
+        reports[name] = simulate(folder, watch, settings=None if begun else settings, workers=workers)
         if reports[name]["status"] == "stopped":
             break
     return reports

@@ -23,5 +23,5 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
         raise RunError(f"Expected a checkpoint in {folder.checkpoints}: it holds the simulated users' embeddings.")
     population = Population(settings, data.train)
     if "users" in checkpoint.extra:  # real devices, and Flower's simulated ones, keep theirs
-        population.users.copy_(checkpoint.extra["users"])
+        population.restore(checkpoint.extra)
     return evaluate_model(settings, parameters, population, data)

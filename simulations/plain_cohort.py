@@ -28,7 +28,7 @@ class PlainCohort:
         return {"users": self._population.users}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._population.users.copy_(state["users"])
+        self._population.restore(state)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         users = self._population.users

@@ -2,7 +2,9 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from common.errors import RunError
 from common.objective import returns_of
 from common.settings import Settings
 from common.trajectory import Trajectories, pad, rewards_of, window_starts
@@ -29,6 +31,16 @@ class Population:
 
     def __len__(self) -> int:
         return len(self._lengths)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take the embeddings from a checkpoint. Raises :class:`RunError` if they are not this population's."""
+        users = state.get("users")
+        if users is None or users.shape != self.users.shape:
+            found = "none" if users is None else f"shape {tuple(users.shape)}"
+            raise RunError(
+                f"Expected the checkpoint's user embeddings of shape {tuple(self.users.shape)}, found {found}."
+            )
+        self.users.copy_(users)
 
     def window_lengths(self, devices: np.ndarray) -> np.ndarray:
         """(B,) steps that each device trains on in one round."""

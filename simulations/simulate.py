@@ -1,12 +1,12 @@
 """`fedtopk simulate`: federated training over a simulated population, from settings to a finished run folder."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import SettingsError
-from common.model import Parameters
+from common.model import CORRECTED, Parameters
 from common.settings import Settings
 from server.cohort import Cohort
 from server.report import build_report
@@ -29,12 +29,12 @@ class Watch:
     Attributes:
         note: called with a sentence for the user.
         on_round: called after each round, with a short remark on it.
-        should_stop: asked between two rounds.
+        patient: entered while the run trains; what it yields is asked between two rounds whether to stop.
     """
 
     note: Callable[[str], None]
     on_round: Callable[[Progress, str], None]
-    should_stop: Callable[[], bool]
+    patient: Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
 def simulate(folder: RunFolder, watch: Watch, *, settings: Settings | None, workers: int) -> dict[str, Any]:
@@ -48,19 +48,25 @@ def simulate(folder: RunFolder, watch: Watch, *, settings: Settings | None, work
         FedtopkError: whatever the user can mend. A run that was interrupted can be resumed.
     """
     resume = settings is None
+    if not resume:
+        folder.expect_new()
     settings = folder.settings() if settings is None else settings
     if settings.aggregation.kind == "secure":
         raise SettingsError("Expected aggregation.kind=secure only in Flower runs: choose central or plain here.")
     data = load_split(settings)
-    for sentence in data.notes:
+    for sentence in (*data.notes, *_cautions(settings, data.train.users)):
         watch.note(sentence)
     population = Population(settings, data.train)
     with folder.open(settings, resume) as store, _cohort(settings, population, workers) as cohort:
         training = open_training(settings, folder, store, cohort, items=len(data.train.catalogue))
         if resume:
             training.resume()
-        outcome = training.run(watch.should_stop, lambda progress: _tell(progress, training, data, population, watch))
+        with watch.patient() as should_stop:
+            outcome = training.run(should_stop, lambda progress: _tell(progress, training, data, population, watch))
         folder.save_model(outcome.parameters)
+        folder.save_report(build_report(training, outcome, {}))
+        if outcome.reason:
+            watch.note(outcome.reason)
         evaluation = {}
         if outcome.status != "stopped":
             watch.note("Evaluating by full ranking, beside popularity and first-order Markov.")
@@ -80,6 +86,21 @@ def load_split(settings: Settings) -> Split:
             "of the catalogue."
         )
     return split(interactions, settings.evaluation.protocol)
+
+
+def _cautions(settings: Settings, devices: int) -> Iterator[str]:
+    """What the settings will do that nobody can have meant."""
+    objective, expected = settings.objective, settings.training.cohort_rate * devices
+    if objective.estimator in CORRECTED and objective.warmup_rounds >= settings.training.rounds:
+        yield (
+            f"The correction never applies: objective.warmup_rounds={objective.warmup_rounds} are not fewer than "
+            f"training.rounds={settings.training.rounds}."
+        )
+    if expected < settings.guard.minimum_cohort:
+        yield (
+            f"Most rounds release noise alone: {expected:g} members are expected, and "
+            f"guard.minimum_cohort={settings.guard.minimum_cohort}."
+        )
 
 
 def evaluate_model(settings: Settings, parameters: Parameters, population: Population, data: Split) -> dict[str, Any]:

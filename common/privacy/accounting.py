@@ -25,6 +25,7 @@ from dp_accounting.gaussian_mechanism import get_epsilon_gaussian, get_sigma_gau
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.optimize import brentq
+from scipy.stats import binom
 
 from common.errors import PrivacyError
 from common.privacy.encoding import Encoding
@@ -160,9 +161,10 @@ def releases_within(budget: float, noise_multiplier: float, rate: float, delta: 
 
 
 def contributions(rate: float, rounds: int) -> int:
-    """κ = ⌈qT + 5√(qT)⌉, at most T: how often a device may upload in T rounds at rate q; more is unlikely.
+    """κ = ⌈qT + 5√(qT)⌉, at most T: how many uploads ε_server is computed for, in T rounds at rate q.
 
-    A device refuses after κ uploads, so that ε_server holds whatever the coins and the server do.
+    An honest coin exceeds it with a probability below 1e-6 where qT ≫ 1, and up to 1e-4 where qT < 1. It is a bound
+    only where devices count, and refuse the upload after the κ-th.
     """
     expected = rate * rounds
     return min(rounds, math.ceil(expected + 5 * math.sqrt(expected)))
@@ -179,6 +181,18 @@ def epsilon_server(noise_multiplier: float, honest: float, contributions: int, d
     if contributions == 0:
         return 0.0
     return _gaussian(noise_multiplier * math.sqrt(honest / contributions), delta)
+
+
+def threshold_delta(minimum: int, rate: float, users: int, releases: int, epsilon: float) -> float:
+    """What a minimum cohort of m costs of δ, over all releases.
+
+    With m − 1 others drawn, one user decides whether their updates are in the sum at all, and moves it by up to m·C.
+    That happens in a release with probability P[Binomial(N − 1, q) = m − 1]; outside of it the user moves the sum by C
+    at most, so (ε, δ) becomes (ε, δ + (1 + e^ε) Σ P). 0 for m = 1: alone, a user moves the sum by C.
+    """
+    if minimum <= 1:
+        return 0.0
+    return float((1 + math.exp(epsilon)) * releases * binom.pmf(minimum - 1, users - 1, rate))
 
 
 def default_delta(users: int) -> float:

@@ -13,12 +13,14 @@ from common.privacy.accounting import (
     epsilon_server,
     noise_multiplier_for,
     releases_within,
+    threshold_delta,
 )
 from common.privacy.encoding import Encoding
 from common.settings import Settings
 
 _LARGEST_DELTA_LOSS = 1e-3
-"""Part of δ that is set aside for what encodings lose; the same for every number of releases, so that figures agree."""
+"""Part of δ that is set aside for what encodings lose, and again for a minimum cohort; the same for every number of
+releases, so that figures agree."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Budget:
         """The budget for whoever hits it."""
         return f"ε_model={self.settings.privacy.target_epsilon} at δ={self.delta:.3g}"
 
-    def statement(self, releases: int, uploads: int) -> dict[str, Any]:
-        """The `privacy` object of the report, for so many releases of a model and uploads of cohorts.
+    def statement(self, releases: int, attempts: int) -> dict[str, Any]:
+        """The `privacy` object of the report, for so many releases of a model and attempts at rounds.
 
         ε_model: unit one user, add/remove adjacency, against whoever sees every released model; amplified by Poisson
         sampling. ε_server: the user's update replaced by zero, against the aggregating server, which sees who takes
@@ -62,7 +64,7 @@ class Budget:
             "noise_multiplier": self.noise_multiplier,
             "releases": releases,
             "epsilon_model": epsilon_model(multiplier, rate, releases, delta),
-            "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, uploads), delta),
+            "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, attempts), delta),
             "epsilon_server_holds_under": "secure aggregation",
             "target_epsilon": privacy.target_epsilon,
             "noise": "seeded, not private" if privacy.randomness == "seeded" else "cryptographic",
@@ -80,7 +82,7 @@ def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
     multiplier = 0.0
     if settings.private:
         multiplier = privacy.noise_multiplier or noise_multiplier_for(
-            privacy.target_epsilon, training.cohort_rate, training.rounds, delta * (1 - _LARGEST_DELTA_LOSS)
+            privacy.target_epsilon, training.cohort_rate, training.rounds, delta * (1 - 2 * _LARGEST_DELTA_LOSS)
         )
     encoding = Encoding.choose(
         dimension,
@@ -96,6 +98,15 @@ def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
     # A multiplier that was asked for may leave room for rounds that a crash makes necessary again.
     at_most = 2 * training.rounds if privacy.noise_multiplier else training.rounds
     left = spendable_delta(delta, encoding, at_most)
+    threshold = threshold_delta(
+        settings.guard.minimum_cohort, training.cohort_rate, devices, at_most, privacy.target_epsilon
+    )
+    if threshold > _LARGEST_DELTA_LOSS * delta:
+        raise PrivacyError(
+            f"Expected guard.minimum_cohort={settings.guard.minimum_cohort} to be far from the "
+            f"{training.cohort_rate * devices:g} expected members, or 1: one user would decide too often whether the "
+            f"others are in the sum (δ {threshold:.2g} of {delta:.2g})."
+        )
     allowed = releases_within(
         privacy.target_epsilon, effective_multiplier(encoding), training.cohort_rate, left, at_most
     )
@@ -103,7 +114,7 @@ def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
 
 
 def spendable_delta(delta: float, encoding: Encoding, releases: int) -> float:
-    """What is left of δ for the mechanism after what the encoding of so many releases loses.
+    """What is left of δ for the mechanism after what the encoding of so many releases, and a minimum cohort, lose.
 
     Raises :class:`PrivacyError` where that is more than a thousandth of δ.
     """
@@ -113,4 +124,4 @@ def spendable_delta(delta: float, encoding: Encoding, releases: int) -> float:
             f"Expected privacy.delta={delta:.3g} to be well above the {loss:.3g} that {releases} releases lose "
             "in their encoding: raise it, or train fewer rounds."
         )
-    return delta * (1 - _LARGEST_DELTA_LOSS)
+    return delta * (1 - 2 * _LARGEST_DELTA_LOSS)

@@ -17,7 +17,7 @@ the server             The sum it sees before its own top-up carries noise of va
                        nor devices that collude with it know, as long as at most ⌊γn⌋ devices collude and ⌊δn⌋ drop
                        out (honest = 1 − γ − δ). Replacing a member's update by zero moves the sum by at most Δ₂.
                        Test: ``test_encoding.py::test_the_honest_part_is_at_least_its_share``.
-a reader of a central  As the first row, but the bound Δ₂ fails with probability β = 1e-12 a release, charged to δ:
+a reader of a central  As the first row, but the bound Δ₂ fails with probability β = 1e-20 a release, charged to δ:
 release                :func:`release_central`. Test: ``test_encoding.py::test_central_sensitivity``.
 =====================  ============================================================================================
 """
@@ -37,7 +37,7 @@ from common.privacy.rotation import padded, rotate, unrotate
 from common.privacy.rounding import DEVICE_BETA, conditional_round, rounded_norm, stochastic_round
 from common.privacy.skellam import DELTA_LOSS, skellam
 
-CENTRAL_BETA = 1e-12
+CENTRAL_BETA = 1e-20
 """Probability with which one user moves a central release by more than the sensitivity."""
 
 CENTRAL_SLACK = 1e-4
@@ -237,7 +237,7 @@ def release_central(
     """The release (d,) of a sum (d,) of clipped updates that is known in the clear: rotated, rounded and noised once.
 
     Guarantee: adding or removing a user, whose clipped update is v with ‖v‖ ≤ C, gives what Skellam noise of variance
-    V on a sum of sensitivity Δ₂ gives, with δ larger by β = 1e-12 for each release (:attr:`Encoding.delta_loss`).
+    V on a sum of sensitivity Δ₂ gives, with δ larger by β = 1e-20 for each release (:attr:`Encoding.delta_loss`).
 
     Proof. Let x be the rotated and scaled sum, and q = ⌊x + w⌋ its rounding, w uniform on [0, 1) in each coordinate.
     With the user and the same w it is q + D, D = ⌊x + v + w⌋ − ⌊x + w⌋ = ⌊w' + v⌋ with w' the fractional part of

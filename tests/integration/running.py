@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,5 +48,9 @@ def simulate(out: Path, **changes: Any) -> dict[str, Any]:
     """A tiny run in this process; returns its report. Dots in names of `changes` are written as two underscores."""
     tree = TINY | {key.replace("__", "."): value for key, value in changes.items()}
     settings = load_settings(None, [f"{key}={value}" for key, value in tree.items()])
-    silent = Watch(note=lambda sentence: None, on_round=lambda progress, remark: None, should_stop=lambda: False)
+    silent = Watch(
+        note=lambda sentence: None,
+        on_round=lambda progress, remark: None,
+        patient=lambda: nullcontext(lambda: False),
+    )
     return run_simulation(RunFolder(out), silent, settings=settings, workers=1)

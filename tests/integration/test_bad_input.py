@@ -104,6 +104,28 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_that_diverges_says_so_and_keeps_what_was_released(tmp_path: Path) -> None:
+    sets = ("privacy.mechanism=none", "privacy.clip_norm=inf", "training.optimizer=sgd", "training.learning_rate=1e6")
+    message = simulate_refused(tmp_path / "run", *sets, "training.rounds=60")
+    assert "diverged" in message
+    assert "training.learning_rate=1000000.0" in message
+
+
+def test_settings_that_were_changed_after_the_start_are_refused(tmp_path: Path) -> None:
+    """The ledger would describe another mechanism than the one that made its releases."""
+    assert fedtopk("simulate", "--out", tmp_path / "run", *arguments(TINY)).returncode == 0
+    settings = tmp_path / "run/settings.toml"
+    settings.write_text(settings.read_text().replace('randomness = "seeded"', 'randomness = "system"'))
+    message = refused("simulate", "--out", tmp_path / "run", "--resume")
+    assert message == f"Expected {settings} to be as it was when the run was begun."
+
+
+def test_what_is_left_of_a_run_is_not_built_upon(tmp_path: Path) -> None:
+    assert fedtopk("simulate", "--out", tmp_path / "run", *arguments(TINY)).returncode == 0
+    (tmp_path / "run/settings.toml").unlink()
+    assert "to hold no run yet" in refused("simulate", "--out", tmp_path / "run", *arguments(TINY))
+
+
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "--to", "x"], ["simulate", "--resume", "--out"]])
 def test_a_folder_without_a_run(tmp_path: Path, command: list[str]) -> None:
     name, *options = command

@@ -1,6 +1,7 @@
 """Runs that are killed or interrupted, by real signals to real processes, and go on."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -42,6 +43,10 @@ def interrupt(out: Path, settings: dict[str, object], after_round: int, number: 
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
         return process.returncode, errors
+
+
+MANY = TINY | {"data.users": 400, "data.items": 200, "training.rounds": 2000, "training.checkpoint_every": 1}
+"""Enough devices for several blocks, and so for worker processes."""
 
 
 def charges(run: Path) -> tuple[int, int]:
@@ -138,3 +143,31 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, uni
     done = fedtopk("simulate", "--out", out, "--resume", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("delay", [1.0, 4.0, 7.0])
+def test_ctrl_c_while_worker_processes_start(tmp_path: Path, delay: float) -> None:
+    """As a terminal sends it: to the whole process group, workers included."""
+    words = [FEDTOPK, "simulate", "--out", str(tmp_path / "run"), "--workers", "2", *arguments(MANY)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+
+
+def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+    with running(tmp_path / "run", "--workers", "2", *arguments(MANY)) as process:
+        wait_for_checkpoint(tmp_path / "run", 1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "worker processes live on"
+        time.sleep(0.1)

@@ -17,7 +17,7 @@ from common.settings import OUT, Settings, parse_flat
 
 REPOSITORY = Path(__file__).parents[2]
 FLWR = str(Path(sys.executable).with_name("flwr"))
-SHARED = TINY | {"data.users": 6, "training.rounds": 3, "training.cohort_rate": 0.7, "guard.minimum_cohort": 2}
+SHARED = TINY | {"data.users": 6, "training.rounds": 3, "training.cohort_rate": 0.7}
 """Settings of both runs; one round draws fewer devices than the others, and a device's state carries over."""
 
 
@@ -110,7 +110,6 @@ def test_the_run_configuration_of_the_bundle_holds_every_setting() -> None:
     given, default = parse_flat(flat).flat(), Settings().flat()
     assert {key for key in default if given[key] != default[key]} == {
         "aggregation.kind",
-        "guard.minimum_cohort",
         "training.cohort_rate",
         "training.rounds",
     }

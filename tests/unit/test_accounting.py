@@ -18,6 +18,7 @@ from common.privacy.accounting import (
     noise_multiplier_for,
     releases_within,
     skellam_excess,
+    threshold_delta,
 )
 from common.privacy.encoding import Encoding
 
@@ -187,3 +188,11 @@ def test_values_out_of_range_are_refused(arguments: tuple[float, float, int, flo
     for function in (epsilon_model, epsilon_model_pld, epsilon_server):
         with pytest.raises(PrivacyError, match=named):
             function(*arguments)
+
+
+def test_a_minimum_cohort_costs_what_the_pivotal_user_can_do() -> None:
+    """With one other always drawn and a minimum of two, a user decides in every release whether the other is summed."""
+    assert threshold_delta(1, 0.5, 10, 100, 8.0) == 0
+    assert threshold_delta(2, 1.0, 2, 3, 0.0) == pytest.approx(2 * 3)
+    assert threshold_delta(3, 0.1, 671, 400, 8.0) < 1e-20
+    assert threshold_delta(3, 0.1, 40, 400, 8.0) > 1
