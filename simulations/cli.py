@@ -15,7 +15,6 @@ from rich.table import Table
 from common.console import Format, answer, stderr
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
-from server.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from simulations.simulate import Watch
@@ -55,6 +54,7 @@ def simulate(
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
+    from server.run_folder import RunFolder
     from simulations.simulate import simulate as run
 
     if resume and (config is not None or overrides):
@@ -94,6 +94,7 @@ def demo(
 @app.command()
 def evaluate(run: RunArgument, format: FormatOption = "text") -> None:
     """Evaluate a run's model by full ranking, beside popularity and first-order Markov."""
+    from server.run_folder import RunFolder
     from simulations.evaluate_run import evaluate_run
 
     figures = evaluate_run(RunFolder(run))
@@ -107,6 +108,7 @@ def export(
     format: FormatOption = "text",
 ) -> None:
     """Write a run's shared model for other programs: safetensors, the catalogue as csv, the settings."""
+    from server.run_folder import RunFolder
     from simulations.export import export_run
 
     written = export_run(RunFolder(run), to)
@@ -165,7 +167,7 @@ def _patient() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
+            _leave(number, frame)
         asked = True
         stderr.print("Stopping after this round; press Ctrl-C again to break it off.")
 
@@ -223,15 +225,22 @@ def _report_text(report: dict[str, Any], out: Path) -> Any:
     return Group(*parts, f"Run folder: {out}")
 
 
+def _leave(number: int, frame: Any) -> None:
+    """End at once: a KeyboardInterrupt in the middle of a C extension's import comes out as some other error.
+
+    All that matters is on disk by then, and worker processes end with this one.
+    """
+    stderr.print("Interrupted. A run folder goes on with: fedtopk simulate --resume --out RUN")
+    os._exit(130)
+
+
 def main() -> None:
     """Entry point: errors become one line on standard error and an exit code, never a traceback without --debug."""
+    signal.signal(signal.SIGINT, _leave)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(arguments, prog_name="fedtopk", standalone_mode=False)
-    except (KeyboardInterrupt, click.exceptions.Abort):  # click turns the one into the other
-        stderr.print("Interrupted. A run folder goes on with: fedtopk simulate --resume --out RUN")
-        code = 130
     except click.ClickException as error:
         error.show()
         code = error.exit_code

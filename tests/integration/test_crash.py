@@ -145,7 +145,7 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, uni
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("delay", [1.0, 4.0, 7.0])
+@pytest.mark.parametrize("delay", [2.0, 4.0, 7.0])
 def test_ctrl_c_while_worker_processes_start(tmp_path: Path, delay: float) -> None:
     """As a terminal sends it: to the whole process group, workers included."""
     words = [FEDTOPK, "simulate", "--out", str(tmp_path / "run"), "--workers", "2", *arguments(MANY)]
