@@ -13,8 +13,8 @@ from simulations.simulate import Watch, simulate
 RUNS = {
     "cross-entropy, not private": ["objective.estimator=cross-entropy", "privacy.mechanism=none"],
     "top-K, not private": ["privacy.mechanism=none"],
-    "top-K, ε=8": ["privacy.target_epsilon=8", "training.rounds=150", "objective.warmup_rounds=75"],
-    "top-K, ε=2": ["privacy.target_epsilon=2", "training.rounds=150", "objective.warmup_rounds=75"],
+    "top-K, ε=8": ["privacy.target_epsilon=8", "training.rounds=200", "objective.warmup_rounds=100"],
+    "top-K, ε=2": ["privacy.target_epsilon=2", "training.rounds=200", "objective.warmup_rounds=100"],
 }
 """What each run changes of the default settings. At a given ε more rounds mean more noise in each and gain nothing."""
 
