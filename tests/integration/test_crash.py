@@ -122,7 +122,7 @@ def test_an_interrupt_leaves_a_run_that_goes_on(tmp_path: Path, uninterrupted: P
 
 def test_a_run_in_progress_keeps_others_out(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with running(out, *arguments(LONG)):
+    with running(out, *arguments(LONG | {"training.rounds": 5000})):  # outlasts the other's start
         wait_for_checkpoint(out, 7)
         done = fedtopk("simulate", "--out", out, "--resume")
     assert done.returncode == 1
