@@ -11,7 +11,7 @@ install: $(INSTALLED)
 # One constraints file pins every package; torch comes in the same call as what depends on it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dashboard,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dashboard,tensorboard,environment,pictures,dev]'
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)

@@ -37,7 +37,7 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
     """
     with one_thread():
         update = compute_update(
-            offer.settings, offer.parameters, window, user.unsqueeze(0), offer.negatives, offer.warm
+            offer.settings, offer.parameters, window, user.unsqueeze(0), offer.candidates, offer.warm
         )
         vector = update.gradients.weighted_sum(torch.ones(1)).numpy()
     residues = encode(

@@ -93,8 +93,7 @@ class Sampled:
     """The logits of a sampled softmax: y_j = x · W[negatives_j] and, for each step's own item, z = x · W[ids].
 
     A step's own item may be a negative of the other steps: `own_column` (B, T) is its column among the (unique)
-    negatives, or -1. The own δ is moved into that column, so that both parts touch different rows. The column of a
-    step's own item must not have reached the loss itself (an accidental hit is masked).
+    negatives, or -1. The own δ is moved into that column, so that both parts touch different rows.
     """
 
     weight: str
@@ -126,6 +125,53 @@ class Sampled:
         flat = self.inputs.flatten(0, 1)
         into.index_add_(0, self.negatives, _weighted(negative, weights).T @ flat)
         into.index_add_(0, self.ids.flatten(), _weighted(own.unsqueeze(-1), weights) * flat)
+
+
+@dataclass
+class Picked:
+    """One row per step: y = x · W[ids]: x (B, T, i), ids and y (B, T)."""
+
+    weight: str
+    inputs: Tensor
+    ids: Tensor
+    output: Tensor
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return (self.output,)
+
+    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
+        (delta,) = deltas
+        return (delta.unsqueeze(2) * delta.unsqueeze(1) * _same(self.ids) * _gram(self.inputs)).sum((1, 2))
+
+    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
+        rows = _weighted(deltas[0].unsqueeze(-1), weights) * self.inputs.flatten(0, 1)
+        into.index_add_(0, self.ids.flatten(), rows)
+
+
+@dataclass
+class Crossed:
+    """Every step's input against the rows of all of the user's steps: y = x W[ids]ᵀ: x (B, T, i), ids (B, S),
+    y (B, T, S)."""
+
+    weight: str
+    inputs: Tensor
+    ids: Tensor
+    output: Tensor
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return (self.output,)
+
+    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
+        return (_gram(self._rows(deltas)) * _same(self.ids)).sum((1, 2))
+
+    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
+        into.index_add_(0, self.ids.flatten(), _weighted(self._rows(deltas), weights))
+
+    def _rows(self, deltas: tuple[Tensor, ...]) -> Tensor:
+        """(B, S, i) what each of the named rows gets; rows named twice come twice."""
+        return deltas[0].transpose(1, 2) @ self.inputs
 
 
 def _gram(values: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def read_offer(message: Message, settings: Settings, items: int) -> tuple[Offer,
     if not isinstance(arrays, ArrayRecord) or not isinstance(numbers, ConfigRecord):
         raise AggregationError("Expected an offer with the records 'parameters' and 'offer'.")
     parameters = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-    check_parameters(parameters, shapes(settings.model, items, settings.objective.estimator))
+    check_parameters(parameters, shapes(settings, items))
     try:
         encoding = Encoding(**{field.name: numbers[f"encoding.{field.name}"] for field in fields(Encoding)})  # type: ignore[arg-type]
         offer = Offer(int(numbers["round"]), int(numbers["attempt"]), parameters, encoding, settings)  # type: ignore[arg-type]

@@ -3,50 +3,81 @@
 Everything here is a pure function of ``parameters``, the *shared* part of the model by name, and of what one device
 holds. Shapes: B users, T steps, A items, m input width, n state width, w user width.
 
-======================  =============  ==============================================================
-parameter               shape          use
-======================  =============  ==============================================================
-``items.embedding``     (A, m)         input embedding u_a
-``cell.gates``          (2n, m+2+n)    the two gates, on [u_a, reward/5, 1, state]
-``cell.candidate``      (n, m+1)       CFN: the candidate, on [u_a, reward/5]
-..                      (n, m+2+n)     GRU: the candidate, on [u_a, reward/5, 1, reset ⊙ state]
-``user.projection``     (n, w)         takes the user embedding into the state
-``policy.embedding``    (A, n+1)       v_a of π, on [state, 1]: its last column is a bias
-``behaviour.embedding``  (A, n+1)      the same for β; absent unless the estimator needs β
-======================  =============  ==============================================================
+=======================  =============  =============================================================
+parameter                shape          use
+=======================  =============  =============================================================
+``items.embedding``      (A, m)         input embedding u_a; absent, as the cell, with `model.cell` = none
+``cell.gates``           (2n, x+1+n)    the two gates, on [x, 1, state]
+``cell.candidate``       (n, x)         CFN: the candidate, on x
+..                       (n, x+1+n)     GRU: the candidate, on [x, 1, reset ⊙ state]
+``user.projection``      (n, w)         takes the user embedding into the state
+``policy.embedding``     (A, n+1)       v_a of π, on [state, 1]: its last column is a bias
+``behaviour.embedding``  (A, n+1)       the same for β
+``behaviour.frequency``  (A, 1)         log-frequencies up to a constant: β without a state
+``critic.embedding``     (A, n+1)       the same for the logit of q(s, a)
+=======================  =============  =============================================================
+
+The cell reads x = [u_a, ρ u_a, ρ] with ρ = reward/5, 2m+1 numbers: a liked and a disliked item of the same kind must be
+able to move the state in opposite directions, which no sum of u_a and ρ can. Of the last four those are present that
+the objective needs (:attr:`common.settings.Settings.heads`).
 
 The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
 moves does not have to replay its history, and one new interaction advances the state in O(1).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import ModelError
 from common.ghost import Dense, Lookup, Tape
-from common.settings import Estimator, ModelSettings
+from common.settings import Head, ModelSettings, Settings
+from common.softmax import log_uniform
 from common.trajectory import HIGHEST_REWARD
 
 Parameters = dict[str, Tensor]
-Group = Literal["items", "cell", "policy", "behaviour"]
+Group = Literal["items", "cell", "policy", "behaviour", "critic"]
 
-CORRECTED: frozenset[Estimator] = frozenset({"off-policy", "top-k"})
-"""Estimators that divide by β and therefore share a behaviour model."""
+HEADS: dict[Head, str] = {
+    "policy": "policy.embedding",
+    "behaviour": "behaviour.embedding",
+    "frequency": "behaviour.frequency",
+    "critic": "critic.embedding",
+}
+"""The parameter of each head."""
 
 
-def shapes(model: ModelSettings, items: int, estimator: Estimator) -> dict[str, tuple[int, int]]:
+def shapes(settings: Settings, items: int) -> dict[str, tuple[int, int]]:
     """Names and shapes of the shared parameters, in the order of the flat vector."""
-    n, x = model.state_width, model.input_width + 1
-    heads = ["policy.embedding"] + ["behaviour.embedding"] * (estimator in CORRECTED)
-    return {
-        "items.embedding": (items, model.input_width),
-        "cell.gates": (2 * n, x + 1 + n),
-        "cell.candidate": (n, x) if model.cell == "cfn" else (n, x + 1 + n),
-        "user.projection": (n, model.user_width),
-    } | dict.fromkeys(heads, (items, n + 1))
+    model = settings.model
+    n, x = model.state_width, _inputs(model)
+    found = {"user.projection": (n, model.user_width)}
+    if model.cell != "none":
+        candidate = x if model.cell == "cfn" else x + 1 + n
+        recurrent = {
+            "items.embedding": (items, model.input_width),
+            "cell.gates": (2 * n, x + 1 + n),
+            "cell.candidate": (n, candidate),
+        }
+        found = recurrent | found
+    return found | {HEADS[head]: (items, 1 if head == "frequency" else n + 1) for head in settings.heads}
+
+
+def _inputs(model: ModelSettings) -> int:
+    return 2 * model.input_width + 1
+
+
+KEEP_BIAS = 3.0
+"""First bias of the gate that keeps the state: a memory of some 20 interactions, where 0 would have 2."""
+
+
+def items_in(parameters: Parameters) -> int:
+    """A, the number of items: the rows of any head, and a head always comes last."""
+    return len(next(reversed(parameters.values())))
 
 
 def group_of(name: str) -> Group:
@@ -55,25 +86,32 @@ def group_of(name: str) -> Group:
     return "cell" if prefix == "user" else prefix  # type: ignore[return-value]
 
 
-def initialise(model: ModelSettings, items: int, estimator: Estimator, generator: torch.Generator) -> Parameters:
+def initialise(settings: Settings, items: int, generator: torch.Generator) -> Parameters:
     """Draw the initial parameters: fan-in scaled normals, biases 0 but for gates that start open.
 
-    The policy's and β's item embeddings start small, so that both start near the uniform distribution.
+    The heads' item embeddings start small, so that π and β start near the uniform distribution; frequencies start
+    log-uniform over the catalogue, which is in the order of falling frequency.
     """
     parameters = {}
-    for name, shape in shapes(model, items, estimator).items():
+    for name, shape in shapes(settings, items).items():
         weight = torch.randn(shape, generator=generator)
         if name.startswith(("cell", "user")):
             weight *= shape[1] ** -0.5
         elif name.startswith("items"):
             weight *= 0.3
+        elif name == HEADS["frequency"]:
+            weight = torch.from_numpy(np.log(log_uniform(items))).float().unsqueeze(-1)
         else:
             weight *= 0.05
-            weight[:, -1] = 0
-        bias = model.input_width + 1
+            # Noise contrast learns the normaliser: it starts where the masses of all items sum to 1.
+            if name == HEADS["policy"] and settings.objective.prior == "critic":
+                weight *= 0
+            weight[:, -1] = -math.log(items) if settings.objective.softmax == "nce" and "critic" not in name else 0
+        bias = _inputs(settings.model)
         if name == "cell.gates":
             weight[:, bias] = 1
-        elif name == "cell.candidate" and model.cell == "gru":
+            weight[: settings.model.state_width, bias] = KEEP_BIAS
+        elif name == "cell.candidate" and settings.model.cell == "gru":
             weight[:, bias] = 0
         parameters[name] = weight
     return parameters
@@ -119,9 +157,13 @@ class Recurrence:
             rewards: (B, T) in [-5, 5].
             start: (B, n) state to go on from; zeros at the beginning of a history.
         """
+        if self.model.cell == "none":
+            batch, steps = items.shape
+            return rewards.new_zeros(batch, steps + 1, self.model.state_width)
         embedded = tape.watch(parameters["items.embedding"][items])
         tape.uses.append(Lookup("items.embedding", items, embedded))
-        inputs = torch.cat([embedded, (rewards / HIGHEST_REWARD).unsqueeze(-1)], -1)
+        rating = (rewards / HIGHEST_REWARD).unsqueeze(-1)
+        inputs = torch.cat([embedded, rating * embedded, rating], -1)
         biased = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
         state = inputs.new_zeros(len(items), self.model.state_width) if start is None else start
         step = self._cfn if self.model.cell == "cfn" else self._gru
@@ -172,6 +214,15 @@ def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape)
     shift = tape.watch(users.unsqueeze(1) @ parameters["user.projection"].T)
     tape.uses.append(Dense("user.projection", users.unsqueeze(1), shift))
     return states + shift
+
+
+def policy_weight(settings: Settings, parameters: Parameters) -> Tensor:
+    """(A, n+1) what queries are multiplied with for π's logits: its own table, on top of the critic's if that is its
+    prior, which it does not train."""
+    weight = parameters[HEADS["policy"]]
+    if settings.objective.prior == "none":
+        return weight
+    return weight + parameters[HEADS["critic"]].detach() / settings.objective.prior_temperature
 
 
 def queries(conditioned: Tensor, temperature: float) -> Tensor:

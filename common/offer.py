@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
-from common.model import Parameters
+from common.model import HEADS, Parameters, items_in
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
 from common.settings import Settings
-from common.softmax import Negatives, draw_negatives
+from common.softmax import Candidates, InBatch, draw_negatives, log_uniform
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,23 @@ class Offer:
         return self.round > self.settings.objective.warmup_rounds
 
     @cached_property
-    def negatives(self) -> Negatives | None:
-        """The round's shared negatives; None with the full softmax."""
-        objective = self.settings.objective
+    def candidates(self) -> Candidates:
+        """What the round's softmax is normalised over: shared negatives, the device's own items, or all items."""
+        objective, seed = self.settings.objective, self.settings.training.seed
         if objective.softmax == "full":
             return None
-        generator = np.random.default_rng([_NEGATIVES, self.settings.training.seed, self.round])
-        return draw_negatives(len(self.parameters["items.embedding"]), objective.negatives, generator)
+        items, source = items_in(self.parameters), objective.negatives_from
+        if source == "log-uniform":
+            probability = log_uniform(items)
+        elif source == "uniform":
+            probability = np.full(items, 1 / items)
+        else:
+            log_q = torch.log_softmax(self.parameters[HEADS["frequency"]].squeeze(-1), 0)
+            if source == "in-batch":
+                return InBatch(log_q)
+            probability = log_q.double().exp().numpy()
+        generator = np.random.default_rng([_NEGATIVES, seed, self.round])
+        return draw_negatives(probability, objective.negatives, generator, contrast=objective.softmax == "nce")
 
     @cached_property
     def signs(self) -> np.ndarray:

@@ -19,7 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from common.errors import SettingsError
 
-Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k"]
+_COUNTED = ("popularity", "in-batch")
+Head = Literal["policy", "behaviour", "frequency", "critic"]
+Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k", "direct"]
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:
@@ -71,7 +73,8 @@ class DataSettings(_Section):
 class ModelSettings(_Section):
     """Widths of the recommender."""
 
-    cell: Literal["cfn", "gru"] = "cfn"
+    cell: Literal["cfn", "gru", "none"] = "cfn"
+    """`none` has no state: one policy for all but for the user embeddings."""
     input_width: int = Field(32, ge=1, le=4096)
     state_width: int = Field(64, ge=1, le=4096)
     user_width: int = Field(16, ge=1, le=4096)
@@ -90,17 +93,88 @@ class ObjectiveSettings(_Section):
     """c in min(π/β, c); e³ ≈ 20 in the paper; inf for none."""
     self_normalised: bool = True
     """Divide the weights by their mean over the device's own steps."""
+    behaviour: Literal["neural", "frequency"] = "neural"
+    """What β is: a softmax on the shared state, or each item's frequency whatever the state (Strehl et al. 2010)."""
     warmup_rounds: int = Field(200, ge=0)
-    """First rounds in which the correction rests (w = λ = 1) while β learns."""
-    softmax: Literal["full", "sampled"] = "sampled"
+    """First rounds in which π learns as if it were uniform (`warmup`) while β learns what it is."""
+    warmup: Literal["reinforce", "inverse-propensity"] = "reinforce"
+    """Weights of those rounds: 1, or min(1/(Aβ), c), what the uniform policy would have."""
+    likelihood_weights: Literal["reward", "inverse-propensity"] = "reward"
+    """What the estimator `likelihood` weighs log π by: the reward alone, or times min(1/(Aβ), c)."""
+    critic: Literal["none", "baseline", "doubly-robust"] = "none"
+    """What the learned reward model q(s, a) takes out of the variance."""
+    prior: Literal["none", "critic"] = "none"
+    """What π's logits are added to: nothing, or the critic's over `prior_temperature`; the critic then shapes the
+    state, and π learns what is left to be gained."""
+    prior_temperature: float = Field(0.25, gt=0, allow_inf_nan=False)
+    watch: bool = False
+    """Train β and the critic also where nothing uses them, on states that they do not shape: to see what they say."""
+    entropy_bonus: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """η: adds η times π's entropy to the value of each step."""
+    trust_region: Literal["none", "behaviour", "start"] = "none"
+    """From what π may not stray: from β, or from the round's starting policy."""
+    trust_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """κ: what a unit of the KL divergence costs there."""
+    clip_ratio: float = Field(math.inf, gt=0)
+    """ε of PPO: steps whose π has left the starting policy's by a factor outside of 1 ± ε, in the direction that the
+    gradient goes on in, count no more; inf for none."""
+    reuse: Literal["plain", "importance"] = "plain"
+    """How later local steps use the same logs: as they are, or weighted by π / π_start (`reinforce`; the corrected
+    estimators do so anyway)."""
+    softmax: Literal["full", "sampled", "nce"] = "sampled"
+    """How log π and log β are normalised: over all items, over sampled ones, or learned (noise contrast)."""
     negatives: int = Field(1024, ge=1)
-    """Shared negatives a round, drawn log-uniformly with replacement, for the sampled softmax."""
+    """Shared negatives a round, drawn with replacement, for all but the full softmax."""
+    negatives_from: Literal["log-uniform", "uniform", "popularity", "in-batch"] = "log-uniform"
+    """What they are drawn from: rank by frequency, all items alike, the learned frequencies, or the device's own other
+    items."""
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the estimator divides by β's π-dependent weight."""
+        return self.estimator in ("off-policy", "top-k")
+
+    @property
+    def head_of_behaviour(self) -> Head:
+        """Which head β is."""
+        return "behaviour" if self.behaviour == "neural" else "frequency"
+
+    @property
+    def needs_behaviour(self) -> bool:
+        """Whether β is in a weight at all."""
+        return self.corrected or (self.estimator == "likelihood" and self.likelihood_weights != "reward")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        article = ("reinforce", "off-policy", "top-k")
+        if self.estimator not in article:
+            idle = {"critic": "none", "entropy_bonus": 0.0, "trust_region": "none", "clip_ratio": math.inf}
+            if self.estimator == "direct":
+                idle["prior"] = "none"
+            for name, rest in idle.items():
+                if getattr(self, name) != rest:
+                    raise ValueError(
+                        f"Expected objective.{name}={getattr(self, name)} only with one of the estimators "
+                        f"{', '.join(article)}: objective.estimator={self.estimator} has no use for it."
+                    )
+        if self.critic == "doubly-robust" and not self.corrected:
+            raise ValueError(
+                f"Expected objective.critic=doubly-robust only with off-policy or top-k: objective.estimator="
+                f"{self.estimator} has no weights for what the critic leaves over."
+            )
+        if self.negatives_from == "in-batch" and (self.softmax == "nce" or self.critic != "none"):
+            raise ValueError(
+                "Expected objective.negatives_from=in-batch only with the sampled softmax and without a critic: "
+                f"found softmax={self.softmax} and critic={self.critic}."
+            )
+        return self
 
 
 class RewardSettings(_Section):
     """Where rewards come from."""
 
-    source: Literal["logged"] = "logged"
+    source: Literal["logged", "critic"] = "logged"
+    """The logged feedback, or what the learned reward model q(s, a) says of the logged item (RecNN's use of it)."""
 
 
 class TrainingSettings(_Section):
@@ -123,6 +197,8 @@ class TrainingSettings(_Section):
     local_learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adam"
     learning_rate: float = Field(0.004, gt=0, le=1e6)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes on from there: as it is, or down to 0 over the rounds along half a cosine."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(10, ge=1)
@@ -144,6 +220,7 @@ class GroupScale(_Section):
     cell: float = Field(1.0, gt=0, allow_inf_nan=False)
     policy: float = Field(1.0, gt=0, allow_inf_nan=False)
     behaviour: float = Field(1.0, gt=0, allow_inf_nan=False)
+    critic: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class PrivacySettings(_Section):
@@ -214,7 +291,49 @@ class Settings(_Section):
                 f"Expected aggregation.corrupt_fraction={self.aggregation.corrupt_fraction} + "
                 f"dropout_fraction={self.aggregation.dropout_fraction} < 0.5."
             )
+        if self.reward.source == "critic" and self.objective.discount:
+            raise ValueError(
+                f"Expected objective.discount={self.objective.discount:g} to be 0 with reward.source=critic: the "
+                "critic predicts rewards, not returns."
+            )
+        if self.training.local_steps == 1:
+            idle = {"trust_region": "start", "reuse": "importance", "clip_ratio": self.objective.clip_ratio}
+            for name, active in idle.items():
+                if getattr(self.objective, name) == active != math.inf:
+                    raise ValueError(
+                        f"Expected training.local_steps=1 > 1 with objective.{name}={active}: the first step is taken "
+                        "where the round starts."
+                    )
         return self
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The tables with a row per item that the objective trains beside the input embedding, in their order."""
+        objective = self.objective
+        behaviour = objective.needs_behaviour or (objective.watch and objective.estimator != "direct")
+        neural = behaviour and objective.behaviour == "neural"
+        counted = (
+            objective.estimator != "direct" and objective.softmax != "full" and objective.negatives_from in _COUNTED
+        )
+        wanted: dict[Head, bool] = {
+            "policy": objective.estimator != "direct",
+            "behaviour": neural,
+            "frequency": counted or (behaviour and not neural),
+            "critic": self.needs_critic or objective.watch,
+        }
+        return tuple(head for head, present in wanted.items() if present)
+
+    @property
+    def serving_head(self) -> Head:
+        """The head that items are ranked by."""
+        return "critic" if self.objective.estimator == "direct" else "policy"
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the critic ranks, rewards or corrects at all."""
+        objective = self.objective
+        asked = objective.critic != "none" or objective.prior == "critic" or self.reward.source == "critic"
+        return asked or objective.estimator == "direct"
 
     @property
     def private(self) -> bool:

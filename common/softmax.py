@@ -1,4 +1,4 @@
-"""log π(a|s) and log β(a|s) of logged items, by the full softmax or by a sampled one.
+"""log π(a|s) and log β(a|s) of logged items: by the full softmax, a sampled one, or noise contrast.
 
 The sampled softmax replaces the normaliser Z = Σ_j exp(f_j) by the unbiased estimate
 
@@ -7,6 +7,9 @@ The sampled softmax replaces the normaliser Z = Σ_j exp(f_j) by the unbiased es
 over the items j that came up c_j times in m draws with replacement from Q (logQ correction; Bengio & Senécal 2008).
 The logged item enters with certainty and is left out of the drawn ones (an accidental hit). 1/Ẑ overestimates 1/Z by
 Jensen's inequality, by O(1/m): ``tests/unit/test_softmax.py`` holds both statements.
+
+Noise contrast (Gutmann & Hyvärinen 2010; Mnih & Teh 2012) fits f itself to be log π: it tells the logged item from the
+m drawn ones by logistic regression on f_j − log(m Q_j), so that the normaliser is learned and not estimated.
 """
 
 from dataclasses import dataclass
@@ -15,8 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from common.ghost import Dense, Sampled, Tape
+from common.ghost import Crossed, Dense, Sampled, Tape
+
+_CERTAIN = 1 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,74 @@ class Negatives:
         ids: (m',) int64, unique, ascending.
         log_weights: (m',) float32, log(c_j / (m Q_j)).
         column: (A,) int64, where an item stands in `ids`, or -1.
+        log_expected: (A,) float32, log(m Q_j) of every item.
+        contrast: whether they serve noise contrast instead of the sampled softmax.
     """
 
     ids: Tensor
     log_weights: Tensor
     column: Tensor
+    log_expected: Tensor
+    contrast: bool = False
+
+
+@dataclass(frozen=True)
+class InBatch:
+    """A device's own other logged items stand in for draws; they never leave it.
+
+    Attributes:
+        log_q: (A,) float32, log of the probability with which each item is logged.
+    """
+
+    log_q: Tensor
+
+
+Candidates = Negatives | InBatch | None
+"""What log π is normalised over; None: all items."""
+
+
+@dataclass(frozen=True)
+class ItemLikelihood:
+    """What one head says of B users' T logged items.
+
+    Attributes:
+        log_probability: (B, T) log-probability of each step's item.
+        fit: (B, T) what training raises: `log_probability`, or the log-likelihood of noise contrast.
+        own: (B, T) logit of each step's item.
+        logits: (B, T, C) logits of the candidates.
+        log_weights: (C,) or (B, T, C) log of how many items each candidate stands for; None: the candidates are all
+            items, the step's own among them.
+        column: (B, T) the candidate that is the step's item and counts for nothing, since that counts by itself; or -1.
+    """
+
+    log_probability: Tensor
+    fit: Tensor
+    own: Tensor
+    logits: Tensor
+    log_weights: Tensor | None = None
+    column: Tensor | None = None
+
+    def expected_value(self, slate_size: int, own: Tensor, candidates: Tensor) -> Tensor:
+        """(B, T) Σ_a α_K(π(a)) q(a), α_K = 1 − (1 − π)^K: what K independent draws from π bring; K = 1: E_π[q].
+
+        Differentiable in the logits. `own` (B, T) and `candidates` (B, T, C) are the values q of the step's item and
+        of the candidates.
+        """
+        log_normaliser = self.own - self.log_probability
+        shown = _inclusion(self.logits - log_normaliser.unsqueeze(-1), slate_size)
+        if self.log_weights is None:
+            return (shown * candidates).sum(-1)
+        weighted = candidates * self.log_weights.exp()
+        if self.column is not None:
+            place = self.column.clamp(min=0).unsqueeze(-1)
+            kept = torch.where(self.column.unsqueeze(-1) >= 0, 0, weighted.gather(-1, place))
+            weighted = weighted.scatter(-1, place, kept)
+        return (shown * weighted).sum(-1) + _inclusion(self.log_probability, slate_size) * own
+
+
+def _inclusion(log_probability: Tensor, slate_size: int) -> Tensor:
+    probability = log_probability.exp().clamp(max=_CERTAIN)
+    return probability if slate_size == 1 else -torch.expm1(slate_size * torch.log1p(-probability))
 
 
 def log_uniform(items: int) -> np.ndarray:
@@ -40,34 +109,52 @@ def log_uniform(items: int) -> np.ndarray:
     return np.asarray(np.log1p(1 / (k + 1)) / np.log(items + 1))
 
 
-def draw_negatives(items: int, draws: int, generator: np.random.Generator) -> Negatives:
-    """Draw `draws` items log-uniformly with replacement and merge the repeated ones."""
-    probability = log_uniform(items)
-    # The inverse of Q's distribution function log(k+1) / log(A+1).
-    drawn = np.exp(generator.random(draws) * np.log(items + 1)).astype(np.int64) - 1
-    ids, counts = np.unique(np.clip(drawn, 0, items - 1), return_counts=True)
+def draw_negatives(
+    probability: np.ndarray, draws: int, generator: np.random.Generator, contrast: bool = False
+) -> Negatives:
+    """Draw `draws` items with replacement by their (A,) probabilities and merge the repeated ones."""
+    items = len(probability)
+    drawn = np.searchsorted(np.cumsum(probability), generator.random(draws), side="right")
+    ids, counts = np.unique(np.minimum(drawn, items - 1), return_counts=True)
     column = np.full(items, -1, dtype=np.int64)
     column[ids] = np.arange(len(ids))
-    weights = np.log(counts) - np.log(draws * probability[ids])
-    return Negatives(torch.from_numpy(ids), torch.from_numpy(weights.astype(np.float32)), torch.from_numpy(column))
+    log_expected = np.log(draws * probability)
+    return Negatives(
+        torch.from_numpy(ids),
+        torch.from_numpy((np.log(counts) - log_expected[ids]).astype(np.float32)),
+        torch.from_numpy(column),
+        torch.from_numpy(log_expected.astype(np.float32)),
+        contrast,
+    )
 
 
-def log_probabilities(
-    weight: Tensor, name: str, queries: Tensor, items: Tensor, negatives: Negatives | None, tape: Tape
-) -> Tensor:
-    """(B, T) log-probability of each step's item.
+def likelihood(
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, mask: Tensor, candidates: Candidates, tape: Tape
+) -> ItemLikelihood:
+    """What a head says of each step's item.
 
     Args:
-        weight: (A, n+1) the head's item embeddings.
+        weight: (A, i) the head's item embeddings.
         name: the weight's name, for the tape.
-        queries: (B, T, n+1), see :func:`common.model.queries`.
+        queries: (B, T, i), see :func:`common.model.queries`.
         items: (B, T) int64.
-        negatives: those of the sampled softmax; None for the full one.
+        mask: (B, T) bool, the steps that are real.
+        candidates: what to normalise over.
     """
-    if negatives is None:
-        logits = tape.watch(queries @ weight.T)
-        tape.uses.append(Dense(name, queries, logits))
-        return _ItemLogSoftmax.apply(logits, items)  # type: ignore[no-any-return, no-untyped-call]
+    if isinstance(candidates, Negatives):
+        return _sampled(weight, name, queries, items, candidates, tape)
+    if isinstance(candidates, InBatch):
+        return _in_batch(weight, name, queries, items, mask, candidates, tape)
+    logits = tape.watch(queries @ weight.T)
+    tape.uses.append(Dense(name, queries, logits))
+    log_probability: Tensor = _ItemLogSoftmax.apply(logits, items)  # type: ignore[no-untyped-call]
+    own = logits.gather(-1, items.unsqueeze(-1)).squeeze(-1)
+    return ItemLikelihood(log_probability, log_probability, own, logits)
+
+
+def _sampled(
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, negatives: Negatives, tape: Tape
+) -> ItemLikelihood:
     drawn = tape.watch(queries @ weight[negatives.ids].T)
     own = tape.watch((queries * weight[items]).sum(-1))
     column = negatives.column[items]
@@ -75,7 +162,27 @@ def log_probabilities(
     log_probability: Tensor = _SampledLogSoftmax.apply(  # type: ignore[no-untyped-call]
         drawn, own, negatives.log_weights, column
     )[0]
-    return log_probability
+    fit = log_probability
+    if negatives.contrast:
+        expected = negatives.log_expected
+        counts = (negatives.log_weights + expected[negatives.ids]).exp()
+        noise = (counts * logsigmoid(expected[negatives.ids] - drawn)).sum(-1)
+        fit = logsigmoid(own - expected[items]) + noise
+    return ItemLikelihood(log_probability, fit, own, drawn, negatives.log_weights, column)
+
+
+def _in_batch(
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, mask: Tensor, candidates: InBatch, tape: Tape
+) -> ItemLikelihood:
+    logits = tape.watch(queries @ weight[items].transpose(1, 2))
+    tape.uses.append(Crossed(name, queries, items, logits))
+    own = logits.diagonal(dim1=1, dim2=2)
+    draws = mask.sum(-1, keepdim=True)
+    log_weights = (-candidates.log_q[items] - draws.clamp(min=1).log()).unsqueeze(1)
+    usable = mask.unsqueeze(1) & (items.unsqueeze(1) != items.unsqueeze(2))
+    log_weights = torch.where(usable, log_weights, -torch.inf)
+    log_probability = own - torch.cat([logits + log_weights, own.unsqueeze(-1)], -1).logsumexp(-1)
+    return ItemLikelihood(log_probability, log_probability, own, logits, log_weights)
 
 
 class _ItemLogSoftmax(torch.autograd.Function):

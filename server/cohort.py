@@ -20,7 +20,7 @@ class CohortSum:
         roster, survivors: members that were asked for an update, and members that the sum is made of; known to the
             server, no part of what is released.
         bytes_up, bytes_down: sent by and to one device, if anything was sent.
-        simulation_metrics: means over the cohort that only a simulation may look at.
+        simulation_metrics: means over the cohort, bin by bin for histograms, that only a simulation may look at.
     """
 
     total: np.ndarray
@@ -28,7 +28,7 @@ class CohortSum:
     survivors: int
     bytes_up: int | None = None
     bytes_down: int | None = None
-    simulation_metrics: dict[str, float] = field(default_factory=dict)
+    simulation_metrics: dict[str, float | list[float]] = field(default_factory=dict)
 
 
 class Cohort(Protocol):

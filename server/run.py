@@ -22,7 +22,7 @@ def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: C
         items: A, the size of the catalogue.
     """
     generator = torch.Generator().manual_seed(settings.training.seed)
-    parameters = initialise(settings.model, items, settings.objective.estimator, generator)
+    parameters = initialise(settings, items, generator)
     dimension = sum(value.numel() for value in parameters.values())
     budget = make_budget(settings, cohort.devices, dimension)
     ledger = Ledger(

@@ -55,7 +55,9 @@ class Store:
         - one transaction sees no other one's half-done work, from any thread: they run one after another.
     """
 
-    def __init__(self, path: Path, mode: Literal["rwc", "ro"], lock: IO[bytes] | None = None) -> None:
+    def __init__(
+        self, path: Path, mode: Literal["rwc", "ro"], lock: IO[bytes] | None = None, durable: bool = True
+    ) -> None:
         self._path = path
         self._lock = lock
         address = f"file:{quote(str(path.absolute()))}?mode={mode}"
@@ -63,7 +65,7 @@ class Store:
         def connect() -> sqlite3.Connection:
             # isolation_level=None leaves BEGIN to us; the driver would begin too late, after the first SELECT.
             connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             return connection
 
         self._engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
@@ -125,16 +127,17 @@ class Store:
                 raw.close()
 
 
-def open_store(folder: Path) -> Store:
+def open_store(folder: Path, *, durable: bool = True) -> Store:
     """Open the database of the run in ``folder`` for writing; make folder and database where they are missing.
 
+    Not `durable`, for folders that nobody will come back to, a power cut may take what was committed.
     Guarantee: while it is open, and its process lives, no other process can open it for writing
     (see :mod:`server.run_lock`).
     Raises :class:`RunError` in that case, and if the folder cannot be written to, or the file is not a database,
     of another program or of another version; a file that is refused is not changed.
     """
     make_folder(folder)
-    store = Store(folder / DATABASE, "rwc", lock_run(folder))
+    store = Store(folder / DATABASE, "rwc", lock_run(folder), durable)
     try:
         store._create_if_empty()
         store._check_schema()

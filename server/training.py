@@ -5,6 +5,7 @@ write the checkpoint, mark the release. A crash between any two of these leaves 
 that shows at least what was released (``tests/integration/test_crash.py``).
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,6 +193,8 @@ class Training:
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in self._model.items()}
         for name, gradient in unflatten(mean, shapes).items():
             self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings.training, self._round)
         self._optimizer.step()
         if not all(bool(torch.isfinite(value).all()) for value in self._model.values()):
             with torch.no_grad():
@@ -214,6 +217,13 @@ class Training:
         state = self._optimizer.state_dict()
         save(self.checkpoints, Checkpoint(self._round, self.current(), state, self.cohort.state(), metadata))
         self._saved = self._round
+
+
+def learning_rate(training: TrainingSettings, completed: int) -> float:
+    """The learning rate of the round after `completed` ones."""
+    if training.schedule == "constant":
+        return training.learning_rate
+    return training.learning_rate * (1 + math.cos(math.pi * completed / training.rounds)) / 2
 
 
 def make_optimizer(training: TrainingSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -24,17 +24,24 @@ from torch import Tensor
 
 from client.local_update import compute_update
 from common.errors import AggregationError
-from common.model import Parameters, flatten, unflatten
+from common.model import Parameters, flatten, items_in, unflatten
 from common.offer import Offer
 from common.privacy.clipping import clip_factor
 from common.privacy.encoding import release_central
+from common.settings import ObjectiveSettings
 from common.threads import one_thread
 from common.trajectory import Trajectories
 from server.cohort import CohortSum
 from simulations.population import Population
 
-BLOCK_DEVICES = {"full": 16, "sampled": 32}
-"""Devices per block: for the full softmax, a block's logits must stay in the cache."""
+_BLOCK_LOGITS = {"full": 80_000, "sampled": 32_768, "nce": 32_768}
+"""Candidates times devices of a block: for the full softmax, a block's logits must stay in the cache."""
+
+
+def block_devices(objective: ObjectiveSettings, items: int) -> int:
+    """Devices per block, 8 to 512."""
+    candidates = items if objective.softmax == "full" else min(objective.negatives, items)
+    return min(max(_BLOCK_LOGITS[objective.softmax] // candidates, 8), 512)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class _Block:
 
     devices: np.ndarray
     local_users: Tensor
-    metrics: dict[str, float]
+    metrics: dict[str, Tensor]
 
 
 class BatchedCohort:
@@ -87,7 +94,7 @@ class BatchedCohort:
 
     def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[_Block]:
         """Add the members' clipped sum to `fixed`; blocks come in their fixed order."""
-        size = BLOCK_DEVICES[offer.settings.objective.softmax]
+        size = block_devices(offer.settings.objective, items_in(offer.parameters))
         order = members[np.argsort(self._population.window_lengths(members), kind="stable")]
         cuts = [order[start : start + size] for start in range(0, len(order), size)]
         jobs = [
@@ -112,7 +119,7 @@ def _compute_block(
 ) -> _Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
     clip = offer.settings.privacy.clip_norm
-    update = compute_update(offer.settings, offer.parameters, windows, users, offer.negatives, offer.warm)
+    update = compute_update(offer.settings, offer.parameters, windows, users, offer.candidates, offer.warm)
     norms = update.gradients.norms()
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")
@@ -121,9 +128,8 @@ def _compute_block(
     if not highest < 2.0**52:
         raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
     fixed += total.double().mul_(fixed_point_scale(clip)).round_().numpy().astype(np.int64)
-    metrics = {name: float(value.double().sum()) for name, value in update.local_metrics.items()}
-    metrics |= {"clipped": float((norms > clip).double().sum()), "norm": float(norms.double().sum())}
-    return _Block(devices, update.local_users, metrics)
+    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms}
+    return _Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
 
 
 def _diverged(offer: Offer, sign: str) -> AggregationError:
@@ -133,11 +139,13 @@ def _diverged(offer: Offer, sign: str) -> AggregationError:
     )
 
 
-def _means(blocks: list[_Block]) -> dict[str, float]:
+def _means(blocks: list[_Block]) -> dict[str, float | list[float]]:
+    """Each metric's mean over the devices; of a histogram, each bin's."""
     devices = sum(len(block.devices) for block in blocks)
     if not devices:
         return {}
-    return {name: sum(block.metrics[name] for block in blocks) / devices for name in blocks[0].metrics}
+    names = blocks[0].metrics
+    return {name: (torch.stack([block.metrics[name] for block in blocks]).sum(0) / devices).tolist() for name in names}
 
 
 class _Pool:

@@ -1,5 +1,6 @@
 """The `fedtopk` command."""
 
+import json
 import os
 import signal
 import sys
@@ -89,6 +90,66 @@ def demo(
     if any(report["status"] == "stopped" for report in reports.values()):
         raise typer.Exit(130)
     answer(format, reports, lambda: Group(results_table(reports), verdict(reports), f"Run folders: {out}/run-*"))
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder for the three runs and what they show.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workers: WorkersOption = _CORES,
+    format: FormatOption = "text",
+) -> None:
+    """Train with no correction, the correction and the top-K correction, otherwise alike, and show what differs.
+
+    Without privacy unless the settings ask for it. The same command goes on with what an earlier one left.
+    """
+    from rich.console import Group
+
+    from server.run_folder import RunFolder
+    from simulations.compare import compare as run
+    from simulations.compare import settings_of
+    from simulations.compare_report import results_table, write_report
+    from simulations.tensorboard import write_tensorboard
+
+    settings = settings_of(config, overrides or ())
+    with ExitStack() as bars:
+        comparison = run(out, settings, workers, lambda name, rounds: _watch(bars, name, rounds))
+    if comparison is None:
+        stderr.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(130)
+    for estimator in settings:
+        write_tensorboard(RunFolder(out / estimator), out / "tensorboard" / estimator)
+    written = write_report(comparison, out)
+    paths = "\n".join([*written.values(), f"tensorboard --logdir {out / 'tensorboard'}"])
+    answer(format, comparison, lambda: Group(results_table(comparison), *comparison["findings"], paths))
+
+
+@app.command()
+def paper(
+    out: Annotated[Path, typer.Option("--out", metavar="F.json", help="File for the answer.")],
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="F.png", help="Draw the policies, too.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each case.")] = 5,
+    format: FormatOption = "text",
+) -> None:
+    """Repeat the article's two simulations, federatedly and centrally, beside their exact results (minutes)."""
+    from server.durable import make_folder, replacing
+    from simulations.paper import ROUNDS, results_table, run_paper, trainings
+    from simulations.progress import RoundsBar
+
+    if picture is not None:
+        from simulations.paper_picture import draw
+
+        make_folder(picture.parent)
+    make_folder(out.parent)
+    with RoundsBar(trainings(seeds) * ROUNDS, "training") as bar:
+        results = run_paper(seeds, bar.update)
+    with replacing(out) as temporary:
+        temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    if picture is not None:
+        with replacing(picture) as temporary:
+            draw(results, temporary)
+    answer(format, results, lambda: results_table(results))
 
 
 @app.command()

@@ -15,7 +15,7 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     settings = folder.settings()
     model = folder.load_model()
     data = load_split(settings)
-    expected = shapes(settings.model, len(data.train.catalogue), settings.objective.estimator)
+    expected = shapes(settings, len(data.train.catalogue))
     parameters = {name: model[name] for name in expected if name in model}
     check_parameters(parameters, expected)
     checkpoint = load_latest(folder.checkpoints)

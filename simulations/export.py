@@ -18,7 +18,7 @@ def export_run(folder: RunFolder, to: Path) -> dict[str, str]:
     """
     settings, model = folder.settings(), folder.load_model()
     catalogue = load_split(settings).train.catalogue
-    expected = shapes(settings.model, len(catalogue), settings.objective.estimator)
+    expected = shapes(settings, len(catalogue))
     parameters = {name: model[name] for name in expected if name in model}
     check_parameters(parameters, expected)
     make_folder(to)

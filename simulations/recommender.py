@@ -6,7 +6,7 @@ from torch import Tensor
 
 from client.local_update import adapt_users
 from common.ghost import Tape
-from common.model import Parameters, Recurrence, condition, queries
+from common.model import HEADS, Parameters, Recurrence, condition, policy_weight, queries
 from common.settings import Settings
 from common.trajectory import pad, rewards_of
 from simulations.datasets.interactions import Interactions
@@ -25,6 +25,8 @@ class PolicyScorer:
         self._settings = settings
         self._parameters = parameters
         self._users = users
+        critic = settings.serving_head == "critic"
+        self._weight = parameters[HEADS["critic"]] if critic else policy_weight(settings, parameters)
 
     def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
         """(B, A) logits of π after the last interaction of each user's history."""
@@ -52,4 +54,4 @@ class PolicyScorer:
         )
         last = states[torch.arange(len(users)), torch.from_numpy(lengths)].unsqueeze(1)
         conditioned = condition(self._parameters, last, own, tape)
-        return (queries(conditioned, self._settings.model.temperature) @ self._parameters["policy.embedding"].T)[:, 0]
+        return (queries(conditioned, self._settings.model.temperature) @ self._weight.T)[:, 0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import SettingsError
-from common.model import CORRECTED, Parameters
+from common.model import Parameters
 from common.settings import Settings
 from server.cohort import Cohort
 from server.report import build_report
@@ -91,7 +91,7 @@ def load_split(settings: Settings) -> Split:
 def _cautions(settings: Settings, devices: int) -> Iterator[str]:
     """What the settings will do that nobody can have meant."""
     objective, expected = settings.objective, settings.training.cohort_rate * devices
-    if objective.estimator in CORRECTED and objective.warmup_rounds >= settings.training.rounds:
+    if objective.corrected and objective.warmup_rounds >= settings.training.rounds:
         yield (
             f"The correction never applies: objective.warmup_rounds={objective.warmup_rounds} are not fewer than "
             f"training.rounds={settings.training.rounds}."

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from client.local_update import LocalUpdate, adapt_users, compute_update
 from common.ghost import Tape
-from common.model import CORRECTED, Parameters, Recurrence, condition, initialise, queries
-from common.objective import coefficients, mean_over, returns_of
+from common.model import Parameters, Recurrence, condition, initialise, queries
+from common.objective import Evidence, coefficients, mean_over, returns_of
 from common.settings import Settings, parse_flat
-from common.softmax import Negatives, draw_negatives, log_probabilities
+from common.softmax import Negatives, draw_negatives, likelihood, log_uniform
 from common.trajectory import Trajectories, pad
 
 LENGTHS = (9, 0, 1, 30, 2, 3, 17, 4)
@@ -91,10 +91,7 @@ def devices(
         }
     )
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    parameters = {
-        name: 2 * value
-        for name, value in initialise(settings.model, ITEMS, settings.objective.estimator, generator).items()
-    }
+    parameters = {name: 2 * value for name, value in initialise(settings, ITEMS, generator).items()}
     items = rng.integers(0, ITEMS, sum(LENGTHS))
     rewards = rng.uniform(-5, 5, sum(LENGTHS)).astype(np.float32)
     lengths = np.array(LENGTHS)
@@ -102,7 +99,7 @@ def devices(
     returns = np.concatenate([returns_of(own, 0.5) for own in np.split(rewards, starts[1:])])
     windows = pad(items, rewards, returns, starts, lengths, support_fraction)
     users = torch.randn(len(LENGTHS), 4, generator=generator) * float(embedded)
-    negatives = draw_negatives(ITEMS, 20, rng) if softmax == "sampled" else None
+    negatives = draw_negatives(log_uniform(ITEMS), 20, rng) if softmax == "sampled" else None
     return Devices(settings, parameters, windows, users, negatives)
 
 
@@ -250,11 +247,12 @@ def loss_by_hand(one: Devices, parameters: Parameters, user: Tensor, steps: slic
     query = queries(condition(parameters, states, user, idle), one.settings.model.temperature)
     items, rewards, returns = (values[:, steps] for values in _steps(w))
     every = torch.ones_like(items, dtype=torch.bool)
-    log_pi = log_probabilities(parameters["policy.embedding"], "", query, items, one.negatives, idle)
+    log_pi = likelihood(parameters["policy.embedding"], "", query, items, every, one.negatives, idle).log_probability
     log_beta = None
-    if objective.estimator in CORRECTED:
+    if objective.corrected:
         head = parameters["behaviour.embedding"]
-        log_beta = log_probabilities(head, "", query.detach(), items, one.negatives, idle)
-    c = coefficients(objective, log_pi, log_beta, rewards, returns, every, True)
+        log_beta = likelihood(head, "", query.detach(), items, every, one.negatives, idle).log_probability
+    evidence = Evidence(rewards, returns, every, log_pi.detach(), log_beta, None, None, ITEMS)
+    c = coefficients(objective, evidence, True)
     behaviour = torch.zeros(()) if log_beta is None else -log_beta.mean()
     return -(c * log_pi).mean(), behaviour, mean_over(c, every)[0]

@@ -19,7 +19,7 @@ ITEMS, USERS = 300, 24
 
 
 def offer(noise_multiplier: float, central: bool) -> Offer:
-    parameters = initialise(SETTINGS.model, ITEMS, "top-k", torch.Generator().manual_seed(1))
+    parameters = initialise(SETTINGS, ITEMS, torch.Generator().manual_seed(1))
     dimension = sum(value.numel() for value in parameters.values())
     encoding = Encoding.choose(dimension, 1.0, noise_multiplier, cohort=USERS, honest=0.8, central=central)
     return Offer(5, 1, parameters, encoding, SETTINGS)
@@ -35,7 +35,7 @@ def test_one_device_encodes_the_same_from_either_path() -> None:
     people = population()
     everybody = np.arange(USERS)
     batch = compute_update(
-        SETTINGS, round_.parameters, people.windows(5, everybody), people.users, round_.negatives, round_.warm
+        SETTINGS, round_.parameters, people.windows(5, everybody), people.users, round_.candidates, round_.warm
     )
     different, coordinates = 0, 0
     for device in range(USERS):

@@ -19,7 +19,7 @@ def released(workers: int, members: np.ndarray, rounds: int = 2) -> tuple[list[b
     """What the cohort releases in each round, and the private states after them."""
     interactions, _ = synthetic(200, 100, seed=3)
     population = Population(SETTINGS, interactions)
-    parameters = initialise(SETTINGS.model, 100, "top-k", torch.Generator().manual_seed(1))
+    parameters = initialise(SETTINGS, 100, torch.Generator().manual_seed(1))
     dimension = sum(value.numel() for value in parameters.values())
     encoding = Encoding.choose(dimension, 1.0, 1.0, cohort=150, honest=0.8, central=True)
     with BatchedCohort(population, workers) as cohort:

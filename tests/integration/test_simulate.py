@@ -28,7 +28,7 @@ def test_the_run_folder_is_complete(run: Path) -> None:
     settings = load_settings(run / "settings.toml")
     assert tomllib.loads((run / "settings.toml").read_text()) == tomllib.loads(settings.to_toml())
     model = load_file(run / "model.safetensors")
-    expected = shapes(settings.model, 60, settings.objective.estimator)
+    expected = shapes(settings, 60)
     assert {name: tuple(value.shape) for name, value in model.items()} == expected
 
 

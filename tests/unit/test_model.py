@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import ModelError
 from common.ghost import Tape
 from common.model import (
+    KEEP_BIAS,
     Parameters,
     Recurrence,
     check_parameters,
@@ -24,20 +25,26 @@ from common.model import (
     shapes,
     unflatten,
 )
-from common.settings import Estimator, ModelSettings
+from common.settings import Estimator, ModelSettings, Settings, parse_flat
 
 ITEMS, M, N, W = 6, 3, 4, 2
+X = 2 * M + 1
 CELLS = ("cfn", "gru")
 quick = hypothesis_settings(max_examples=30, deadline=None)
 
 
 def model_of(cell: str) -> ModelSettings:
-    return ModelSettings.model_validate({"cell": cell, "input_width": M, "state_width": N, "user_width": W})
+    return settings_of(cell).model
+
+
+def settings_of(cell: str, **more: object) -> Settings:
+    widths = {"model.input_width": M, "model.state_width": N, "model.user_width": W}
+    return parse_flat({"model.cell": cell} | widths | {key.replace("__", "."): value for key, value in more.items()})
 
 
 def random_parameters(cell: str, seed: int = 0, scale: float = 2.0) -> Parameters:
     generator = torch.Generator().manual_seed(seed)
-    drawn = shapes(model_of(cell), ITEMS, "top-k").items()
+    drawn = shapes(settings_of(cell), ITEMS).items()
     return {name: scale * torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in drawn}
 
 
@@ -59,9 +66,15 @@ def dot(row: list[float], column: list[float]) -> float:
     return sum(a * b for a, b in zip(row, column, strict=True))
 
 
+def inputs(parameters: Parameters, item: int, reward: float) -> list[float]:
+    """[u, ρu, ρ], ρ = reward/5."""
+    embedding = parameters["items.embedding"][item].tolist()
+    return [*embedding, *(reward / 5 * number for number in embedding), reward / 5]
+
+
 def cfn_step(parameters: Parameters, item: int, reward: float, s: list[float]) -> list[float]:
     """s' = z ⊙ tanh(s) + i ⊙ tanh(W u), z and i = σ(W u + b + U s)."""
-    u = [*parameters["items.embedding"][item].tolist(), reward / 5]
+    u = inputs(parameters, item, reward)
     gates, candidate = parameters["cell.gates"].tolist(), parameters["cell.candidate"].tolist()
     z = [sigmoid(dot(gates[k], [*u, 1, *s])) for k in range(N)]
     i = [sigmoid(dot(gates[N + k], [*u, 1, *s])) for k in range(N)]
@@ -70,7 +83,7 @@ def cfn_step(parameters: Parameters, item: int, reward: float, s: list[float]) -
 
 def gru_step(parameters: Parameters, item: int, reward: float, s: list[float]) -> list[float]:
     """s' = z ⊙ s + (1 − z) ⊙ tanh(W u + b + U (r ⊙ s)), z and r = σ(W u + b + U s)."""
-    u = [*parameters["items.embedding"][item].tolist(), reward / 5, 1.0]
+    u = [*inputs(parameters, item, reward), 1.0]
     gates, candidate = parameters["cell.gates"].tolist(), parameters["cell.candidate"].tolist()
     z = [sigmoid(dot(gates[k], u + s)) for k in range(N)]
     r = [sigmoid(dot(gates[N + k], u + s)) for k in range(N)]
@@ -164,21 +177,22 @@ def test_queries_carry_a_one_for_the_bias_over_the_temperature() -> None:
 def test_shapes_are_as_documented_and_beta_is_there_only_where_it_is_used(cell: str, estimator: Estimator) -> None:
     expected = {
         "items.embedding": (ITEMS, M),
-        "cell.gates": (2 * N, M + 2 + N),
-        "cell.candidate": (N, M + 1) if cell == "cfn" else (N, M + 2 + N),
+        "cell.gates": (2 * N, X + 1 + N),
+        "cell.candidate": (N, X) if cell == "cfn" else (N, X + 1 + N),
         "user.projection": (N, W),
-        "policy.embedding": (ITEMS, N + 1),
     }
+    expected["critic.embedding" if estimator == "direct" else "policy.embedding"] = (ITEMS, N + 1)
     if estimator in ("off-policy", "top-k"):
         expected["behaviour.embedding"] = (ITEMS, N + 1)
-    found = shapes(model_of(cell), ITEMS, estimator)
+    settings = settings_of(cell, objective__estimator=estimator)
+    found = shapes(settings, ITEMS)
     assert list(found.items()) == list(expected.items())
-    drawn = initialise(model_of(cell), ITEMS, estimator, torch.Generator().manual_seed(0))
+    drawn = initialise(settings, ITEMS, torch.Generator().manual_seed(0))
     check_parameters(drawn, found)
 
 
 def test_groups() -> None:
-    names = shapes(model_of("cfn"), ITEMS, "top-k")
+    names = shapes(settings_of("cfn"), ITEMS)
     assert [group_of(name) for name in names] == ["items", "cell", "cell", "cell", "policy", "behaviour"]
 
 
@@ -187,7 +201,7 @@ def test_unflatten_inverts_flatten(cell: str) -> None:
     parameters = random_parameters(cell)
     vector = flatten(parameters)
     assert vector.shape == (sum(value.numel() for value in parameters.values()),)
-    again = unflatten(vector, shapes(model_of(cell), ITEMS, "top-k"))
+    again = unflatten(vector, shapes(settings_of(cell), ITEMS))
     assert list(again) == list(parameters)
     assert all((again[name] == parameters[name]).all() for name in parameters)
     assert (flatten(again) == vector).all()
@@ -195,7 +209,7 @@ def test_unflatten_inverts_flatten(cell: str) -> None:
 
 def test_unflatten_refuses_another_length() -> None:
     with pytest.raises(RuntimeError, match="split_with_sizes"):
-        unflatten(torch.zeros(7), shapes(model_of("cfn"), ITEMS, "top-k"))
+        unflatten(torch.zeros(7), shapes(settings_of("cfn"), ITEMS))
 
 
 def float32_parameters() -> Parameters:
@@ -203,7 +217,7 @@ def float32_parameters() -> Parameters:
 
 
 def test_foreign_parameters_are_refused() -> None:
-    good, expected = float32_parameters(), shapes(model_of("cfn"), ITEMS, "top-k")
+    good, expected = float32_parameters(), shapes(settings_of("cfn"), ITEMS)
     check_parameters(good, expected)
     missing = {name: value for name, value in good.items() if name != "policy.embedding"}
     with pytest.raises(ModelError) as caught:
@@ -218,7 +232,7 @@ def test_foreign_parameters_are_refused() -> None:
 
 def test_parameters_of_another_precision_are_refused() -> None:
     with pytest.raises(ModelError, match=r"^Expected items\.embedding as float32, found torch\.float64\.$"):
-        check_parameters(random_parameters("cfn"), shapes(model_of("cfn"), ITEMS, "top-k"))
+        check_parameters(random_parameters("cfn"), shapes(settings_of("cfn"), ITEMS))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -226,14 +240,14 @@ def test_parameters_that_are_not_finite_are_refused(bad: float) -> None:
     parameters = float32_parameters()
     parameters["cell.gates"][2, 1] = bad
     with pytest.raises(ModelError) as caught:
-        check_parameters(parameters, shapes(model_of("cfn"), ITEMS, "top-k"))
+        check_parameters(parameters, shapes(settings_of("cfn"), ITEMS))
     assert str(caught.value) == "Expected finite numbers in cell.gates."
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_both_heads_start_near_uniform_and_apart(cell: str) -> None:
-    model, items = ModelSettings.model_validate({"cell": cell}), 1000
-    parameters = initialise(model, items, "top-k", torch.Generator().manual_seed(0))
+    settings, items = parse_flat({"model.cell": cell}), 1000
+    model, parameters = settings.model, initialise(settings, items, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     logged = torch.randint(0, items, (8, 64), generator=generator)
     rewards = 10 * torch.rand(8, 64, generator=generator) - 5
@@ -250,12 +264,12 @@ def test_both_heads_start_near_uniform_and_apart(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_initial_gates_are_open_and_draws_repeat(cell: str) -> None:
-    drawn = [initialise(model_of(cell), ITEMS, "top-k", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert (drawn[0]["cell.gates"][:, M + 1] == 1).all()
+    drawn = [initialise(settings_of(cell), ITEMS, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert (drawn[0]["cell.gates"][:, X] == torch.tensor([KEEP_BIAS] * N + [1.0] * N)).all()
     assert (flatten(drawn[0]) == flatten(drawn[1])).all()
     assert (flatten(drawn[0]) != flatten(drawn[2])).any()
 
 
 def test_initial_candidate_bias_of_the_gru_is_zero() -> None:
-    drawn = initialise(model_of("gru"), ITEMS, "top-k", torch.Generator().manual_seed(0))
-    assert not drawn["cell.candidate"][:, M + 1].any()
+    drawn = initialise(settings_of("gru"), ITEMS, torch.Generator().manual_seed(0))
+    assert not drawn["cell.candidate"][:, X].any()

@@ -21,8 +21,8 @@ from torch import Tensor
 from client.local_update import LocalUpdate, compute_update
 from common.model import Parameters, initialise, unflatten
 from common.model import shapes as shapes_of
-from common.objective import coefficients, importance_weights, mean_over, returns_of, top_k_multiplier
-from common.settings import Settings, parse_flat
+from common.objective import Evidence, coefficients, importance_weights, mean_over, returns_of, top_k_multiplier
+from common.settings import ObjectiveSettings, Settings, parse_flat
 from common.trajectory import Trajectories
 from simulations.population import Population
 
@@ -40,7 +40,7 @@ def settings_of(estimator: str, **more: object) -> Settings:
 def bandit(settings: Settings, seed: int = 0) -> tuple[Parameters, Tensor]:
     """A policy and a behaviour that both prefer some actions, and the one user embedding that all devices have."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = initialise(settings.model, ACTIONS, settings.objective.estimator, generator)
+    drawn = initialise(settings, ACTIONS, generator)
     parameters = {name: value.double() for name, value in drawn.items()}
     for head in ("policy.embedding", "behaviour.embedding"):
         if head in parameters:
@@ -62,7 +62,7 @@ def log_each(settings: Settings, parameters: Parameters, user: Tensor, rewards: 
 
 
 def gradient_by(settings: Settings, update: LocalUpdate, weights: Tensor) -> Parameters:
-    shapes = shapes_of(settings.model, ACTIONS, settings.objective.estimator)
+    shapes = shapes_of(settings, ACTIONS)
     return unflatten(update.gradients.weighted_sum(weights.double()), shapes)
 
 
@@ -70,7 +70,24 @@ def arrays(estimator: str, log_pi: Tensor, log_beta: Tensor, rewards: Tensor, **
     """Coefficients of (B, T) steps that all count."""
     warm = bool(more.pop("warm", True))
     objective = settings_of(estimator, **more).objective
-    return coefficients(objective, log_pi, log_beta, rewards, rewards, torch.ones_like(log_pi, dtype=torch.bool), warm)
+    return weighed(objective, log_pi, log_beta, rewards, rewards, torch.ones_like(log_pi, dtype=torch.bool), warm)
+
+
+def weighed(
+    objective: ObjectiveSettings,
+    log_pi: Tensor,
+    log_beta: Tensor,
+    rewards: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    warm: bool = True,
+    log_start: Tensor | None = None,
+    baseline: Tensor | None = None,
+) -> Tensor:
+    """Coefficients of (B, T) steps."""
+    needed = log_beta if objective.needs_behaviour else None
+    evidence = Evidence(rewards, returns, mask, log_pi, needed, log_start, baseline, ACTIONS)
+    return coefficients(objective, evidence, warm)
 
 
 # Returns
@@ -238,7 +255,7 @@ def test_likelihood_weighs_rewards_and_reinforce_returns() -> None:
     mask = torch.ones_like(rewards, dtype=torch.bool)
     for estimator, value in (("likelihood", rewards), ("reinforce", 2 * rewards)):
         objective = settings_of(estimator).objective
-        found = coefficients(objective, log_pi, log_beta, rewards, 2 * rewards, mask, True)
+        found = weighed(objective, log_pi, log_beta, rewards, 2 * rewards, mask)
         torch.testing.assert_close(found, value.clamp(min=0))
 
 
@@ -255,7 +272,7 @@ def test_self_normalised_weights_have_mean_one_over_the_users_own_steps(seed: in
     log_pi, log_beta, _ = random_steps(seed)
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     objective = settings_of("off-policy", **{"objective.self_normalised": True, "objective.weight_cap": 3.0}).objective
-    found = coefficients(objective, log_pi, log_beta, mask.float(), mask.float(), mask, True)
+    found = weighed(objective, log_pi, log_beta, mask.float(), mask.float(), mask)
     torch.testing.assert_close(mean_over(found, mask), torch.ones(3))
     assert not found[~mask].any()
     ratio = importance_weights(log_pi, log_beta, 3.0)
@@ -265,7 +282,7 @@ def test_self_normalised_weights_have_mean_one_over_the_users_own_steps(seed: in
 def test_coefficients_are_zero_outside_of_the_mask_without_a_cap() -> None:
     log_pi, log_beta = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -100.0]])
     mask, rewards = torch.tensor([[True, False]]), torch.tensor([[1.0, 0.0]])
-    found = coefficients(settings_of("off-policy").objective, log_pi, log_beta, rewards, rewards, mask, True)
+    found = weighed(settings_of("off-policy").objective, log_pi, log_beta, rewards, rewards, mask)
     assert found.tolist() == [[1, 0]]
 
 

@@ -32,7 +32,9 @@ def trees() -> st.SearchStrategy[dict[str, Any]]:
     bounds = st.tuples(st.floats(-100, 0), st.floats(0.5, 100))
     return sections(
         data=sections(path=st.text(), rating_range=bounds, columns=sections(user=st.text(), item=st.text())),
-        model=sections(cell=st.sampled_from(["cfn", "gru"]), input_width=st.integers(1, 4096), temperature=positive()),
+        model=sections(
+            cell=st.sampled_from(["cfn", "gru", "none"]), input_width=st.integers(1, 4096), temperature=positive()
+        ),
         objective=sections(
             estimator=st.sampled_from(["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k"]),
             weight_cap=positive() | st.just(math.inf),
@@ -139,7 +141,7 @@ def test_overrides_apply_in_order_over_the_file(tmp_path: Path) -> None:
 BAD = {
     "foo=1": f"Unknown setting foo=1: {LISTED}",
     "training.round=1": "Unknown setting training.round=1: did you mean training.rounds?",
-    "privacy.group_scale.gru=2": "Unknown setting privacy.group_scale.gru=2: did you mean privacy.group_scale.cell?",
+    "privacy.group_scale.cel=2": "Unknown setting privacy.group_scale.cel=2: did you mean privacy.group_scale.cell?",
     "training.rounds=many": "Expected training.rounds='many': input should be a valid integer.",
     "training.rounds=2.5": "Expected training.rounds=2.5: input should be a valid integer.",
     "objective.self_normalised=2": "Expected objective.self_normalised=2: input should be a valid boolean.",
@@ -156,7 +158,7 @@ BAD = {
     "objective.weight_cap=nan": "Expected objective.weight_cap=nan: input should be greater than 0.",
     "objective.discount=1.1": "Expected objective.discount=1.1: input should be less than or equal to 1.",
     "objective.estimator=td3": "Expected objective.estimator='td3': input should be 'cross-entropy', 'likelihood', "
-    "'reinforce', 'off-policy' or 'top-k'.",
+    "'reinforce', 'off-policy', 'top-k' or 'direct'.",
     "aggregation.bits=17": "Expected aggregation.bits=17: input should be 0, 16, 20 or 32.",
     "data.rating_range=5,1": "Expected data.rating_range='5,1' to be two finite numbers, the lower one first.",
     "data.rating_range=nan,1": "Expected data.rating_range='nan,1' to be two finite numbers, the lower one first.",

@@ -1,5 +1,7 @@
 """The full softmax is torch's; the sampled one estimates its normaliser without bias, and its logarithm with one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from common.ghost import Tape
-from common.softmax import Negatives, draw_negatives, log_probabilities, log_uniform
+from common.softmax import Candidates, InBatch, ItemLikelihood, Negatives, draw_negatives, likelihood, log_uniform
 
 ITEMS, USERS, STEPS, WIDTH = 40, 3, 5, 4
 CHANCE = 1e-3
@@ -25,7 +27,12 @@ def tensors(seed: int = 0, deviation: float = 0.7) -> tuple[Tensor, Tensor, Tens
 
 
 def log_pi(weight: Tensor, queries: Tensor, items: Tensor, negatives: Negatives | None) -> Tensor:
-    return log_probabilities(weight, "policy.embedding", queries, items, negatives, Tape(recording=False))
+    return evaluate(weight, queries, items, negatives).log_probability
+
+
+def evaluate(weight: Tensor, queries: Tensor, items: Tensor, candidates: Candidates) -> ItemLikelihood:
+    every = torch.ones_like(items, dtype=torch.bool)
+    return likelihood(weight, "policy.embedding", queries, items, every, candidates, Tape(recording=False))
 
 
 def counts_of(negatives: Negatives, items: int, draws: int) -> np.ndarray:
@@ -39,7 +46,7 @@ def counts_of(negatives: Negatives, items: int, draws: int) -> np.ndarray:
 def normalisers(weight: Tensor, queries: Tensor, items: Tensor, draws: int, repeats: int) -> Tensor:
     """(repeats, B, T) estimates Ẑ/Z of the normaliser."""
     rng, truth = np.random.default_rng(draws), log_pi(weight, queries, items, None)
-    rounds = (draw_negatives(ITEMS, draws, rng) for _ in range(repeats))
+    rounds = (draw_negatives(log_uniform(ITEMS), draws, rng) for _ in range(repeats))
     return torch.stack([(truth - log_pi(weight, queries, items, negatives)).exp() for negatives in rounds])
 
 
@@ -53,7 +60,7 @@ def test_full_softmax_is_torchs(seed: int, deviation: float) -> None:
 
 def test_large_logits_stay_finite() -> None:
     weight, queries, items = tensors(deviation=300)
-    for negatives in (None, draw_negatives(ITEMS, 10, np.random.default_rng(0))):
+    for negatives in (None, draw_negatives(log_uniform(ITEMS), 10, np.random.default_rng(0))):
         assert log_pi(weight.float(), queries.float(), items, negatives).isfinite().all()
 
 
@@ -69,7 +76,7 @@ def test_log_uniform_is_a_falling_distribution(items: int) -> None:
 @quick
 @given(st.integers(1, 60), st.integers(1, 100), st.integers(0, 2**32))
 def test_negatives_are_unique_ascending_and_consistent(items: int, draws: int, seed: int) -> None:
-    negatives = draw_negatives(items, draws, np.random.default_rng(seed))
+    negatives = draw_negatives(log_uniform(items), draws, np.random.default_rng(seed))
     ids = negatives.ids.tolist()
     assert ids == sorted(set(ids))
     assert set(ids) <= set(range(items))
@@ -83,7 +90,7 @@ def test_negatives_are_unique_ascending_and_consistent(items: int, draws: int, s
 
 def test_negatives_are_drawn_log_uniformly() -> None:
     draws = 100_000
-    counts = np.round(counts_of(draw_negatives(ITEMS, draws, np.random.default_rng(5)), ITEMS, draws))
+    counts = np.round(counts_of(draw_negatives(log_uniform(ITEMS), draws, np.random.default_rng(5)), ITEMS, draws))
     assert chisquare(counts, draws * log_uniform(ITEMS)).pvalue > CHANCE
 
 
@@ -107,7 +114,7 @@ def test_bias_of_the_log_probability_falls_as_one_over_the_draws() -> None:
 
 def test_more_draws_approach_the_full_softmax() -> None:
     weight, queries, items = tensors()
-    many = draw_negatives(ITEMS, 2_000_000, np.random.default_rng(0))
+    many = draw_negatives(log_uniform(ITEMS), 2_000_000, np.random.default_rng(0))
     error = log_pi(weight, queries, items, many) - log_pi(weight, queries, items, None)
     assert error.abs().max() < 0.01
 
@@ -116,7 +123,7 @@ def test_more_draws_approach_the_full_softmax() -> None:
 @given(st.integers(0, 2**32), st.integers(1, 64), st.floats(-50, 50))
 def test_an_accidental_hit_never_counts(seed: int, draws: int, shift: float) -> None:
     weight, queries, items = tensors(seed)
-    negatives = draw_negatives(ITEMS, draws, np.random.default_rng(seed))
+    negatives = draw_negatives(log_uniform(ITEMS), draws, np.random.default_rng(seed))
     for user, step in np.ndindex(USERS, STEPS):
         own = items[user : user + 1, step : step + 1]
         query = queries[user : user + 1, step : step + 1]
@@ -126,7 +133,7 @@ def test_an_accidental_hit_never_counts(seed: int, draws: int, shift: float) -> 
         torch.testing.assert_close(log_pi(weight, query, own, negatives)[0, 0], expected, rtol=1e-9, atol=1e-9)
         drawn = negatives.log_weights.clone()
         drawn[~kept] += shift
-        shifted = Negatives(negatives.ids, drawn, negatives.column)
+        shifted = replace(negatives, log_weights=drawn)
         assert log_pi(weight, query, own, shifted) == log_pi(weight, query, own, negatives)
 
 
@@ -134,7 +141,7 @@ def test_own_item_as_the_only_negative_is_certain_and_without_gradient() -> None
     weight, queries, _ = tensors()
     column = torch.full((ITEMS,), -1)
     column[7] = 0
-    negatives = Negatives(torch.tensor([7]), torch.zeros(1, dtype=torch.float64), column)
+    negatives = Negatives(torch.tensor([7]), torch.zeros(1, dtype=torch.float64), column, torch.zeros(ITEMS))
     weight.requires_grad_()
     result = log_pi(weight, queries, torch.full((USERS, STEPS), 7), negatives)
     result.sum().backward()
@@ -146,10 +153,117 @@ def test_own_item_as_the_only_negative_is_certain_and_without_gradient() -> None
 @pytest.mark.parametrize("sampled", [False, True])
 def test_watching_does_not_change_the_numbers(sampled: bool) -> None:
     weight, queries, items = tensors()
-    negatives = draw_negatives(ITEMS, 16, np.random.default_rng(0)) if sampled else None
+    negatives = draw_negatives(log_uniform(ITEMS), 16, np.random.default_rng(0)) if sampled else None
     tape = Tape()
-    watched = log_probabilities(weight, "policy.embedding", queries, items, negatives, tape)
-    assert (watched == log_pi(weight, queries, items, negatives)).all()
+    every = torch.ones_like(items, dtype=torch.bool)
+    watched = likelihood(weight, "policy.embedding", queries, items, every, negatives, tape)
+    assert (watched.log_probability == log_pi(weight, queries, items, negatives)).all()
     assert [use.weight for use in tape.uses] == ["policy.embedding"]
     assert not weight.requires_grad
     assert not queries.requires_grad
+
+
+# Popularity, noise contrast, in-batch
+
+
+def popularity(seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet(np.full(ITEMS, 0.7))
+
+
+def test_any_distribution_of_the_draws_gives_an_unbiased_normaliser() -> None:
+    weight, queries, items = tensors()
+    rng, truth, q = np.random.default_rng(0), log_pi(weight, queries, items, None), popularity() + 0.01
+    rounds = (draw_negatives(q / q.sum(), 30, rng) for _ in range(1000))
+    found = torch.stack([(truth - log_pi(weight, queries, items, drawn)).exp() for drawn in rounds])
+    error = (found.mean(0) - 1) / (found.std(0) / len(found) ** 0.5)
+    assert error.abs().max() < 4.5
+
+
+def test_draws_follow_their_distribution() -> None:
+    q, draws = popularity(), 200_000
+    drawn = draw_negatives(q, draws, np.random.default_rng(1))
+    counts = np.zeros(ITEMS)
+    counts[drawn.ids] = np.exp(drawn.log_weights.double().numpy() + drawn.log_expected.double().numpy()[drawn.ids])
+    frequent = q * draws > 10
+    observed = np.append(counts[frequent], counts[~frequent].sum())
+    expected = np.append(q[frequent], q[~frequent].sum()) * draws
+    assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > CHANCE
+
+
+def test_noise_contrast_is_the_likelihood_of_telling_logged_from_drawn_items() -> None:
+    weight, queries, items = tensors()
+    drawn = draw_negatives(popularity(), 12, np.random.default_rng(2), contrast=True)
+    expected = drawn.log_expected.double()
+    counts = (drawn.log_weights.double() + expected[drawn.ids]).exp().round()
+    for b, t in np.ndindex(USERS, STEPS):
+        logits = weight @ queries[b, t]
+        genuine = torch.sigmoid(logits - expected)
+        by_hand = genuine[items[b, t]].log() + (counts * (1 - genuine[drawn.ids]).log()).sum()
+        assert evaluate(weight, queries, items, drawn).fit[b, t].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_noise_contrast_rests_at_normalised_frequencies() -> None:
+    """With all probabilities known, the expected fit has its maximum at f = log p, normaliser included."""
+    p = torch.from_numpy(popularity(4))
+    logits = torch.zeros(ITEMS, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=300, line_search_fn="strong_wolfe")
+    drawn = draw_negatives(log_uniform(ITEMS), 20_000, np.random.default_rng(0), contrast=True)
+    assert len(drawn.ids) == ITEMS
+    everything, one = torch.arange(ITEMS).unsqueeze(1), torch.ones(ITEMS, 1, 1, dtype=torch.float64)
+    exact = replace(
+        drawn, log_weights=torch.zeros(ITEMS, dtype=torch.float64), log_expected=drawn.log_expected.double()
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -(p * evaluate(logits.unsqueeze(1), one, everything, exact).fit.squeeze(1)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(logits.detach().exp(), p, rtol=1e-3, atol=1e-6)
+
+
+def test_a_devices_own_items_normalise_by_their_frequency() -> None:
+    weight, queries, items = tensors()
+    log_q, mask = torch.from_numpy(np.log(popularity())), torch.arange(STEPS) < torch.tensor([[5], [3], [1]])
+    found = likelihood(weight, "", queries, items, mask, InBatch(log_q), Tape(recording=False)).log_probability
+    for b, t in np.argwhere(mask.numpy()):
+        own = items[b, t]
+        others = [item for item in items[b][mask[b]] if item != own]
+        logits = queries[b, t] @ weight.T
+        masses = [(logits[item] - log_q[item]).exp() / mask[b].sum() for item in others]
+        assert found[b, t].item() == pytest.approx((logits[own] - (logits[own].exp() + sum(masses)).log()).item())
+
+
+# Expected values
+
+
+@pytest.mark.parametrize("slate_size", [1, 2, 5])
+def test_expected_value_by_the_full_softmax_and_its_gradient(slate_size: int) -> None:
+    weight, queries, items = tensors()
+    values = torch.rand(USERS, STEPS, ITEMS, dtype=torch.float64)
+    leaf = queries.clone().requires_grad_()
+    found = evaluate(weight, leaf, items, None).expected_value(slate_size, values[..., 0], values)
+    again = queries.clone().requires_grad_()
+    pi = torch.softmax(again @ weight.T, -1)
+    expected = ((1 - (1 - pi) ** slate_size) * values).sum(-1)
+    torch.testing.assert_close(found, expected)
+    for result, at in ((found, leaf), (expected, again)):
+        result.sum().backward()
+        assert at.grad is not None
+    torch.testing.assert_close(leaf.grad, again.grad)
+
+
+def test_expected_value_by_samples_tends_to_the_full_one() -> None:
+    weight, queries, items = tensors()
+    values = torch.rand(USERS, STEPS, ITEMS, dtype=torch.float64)
+    own = values.gather(-1, items.unsqueeze(-1)).squeeze(-1)
+    truth = evaluate(weight, queries, items, None).expected_value(3, own, values)
+    rng, q = np.random.default_rng(0), log_uniform(ITEMS)
+    errors = []
+    for draws in (100, 10_000):
+        rounds = [draw_negatives(q, draws, rng) for _ in range(20)]
+        found = [evaluate(weight, queries, items, n).expected_value(3, own, values[..., n.ids]) for n in rounds]
+        errors.append((torch.stack(found) - truth).abs().mean())
+    assert errors[1] < errors[0] / 5

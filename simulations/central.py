@@ -1,0 +1,68 @@
+"""The same objective and architecture trained centrally, as anybody would: what federated training is compared with.
+
+All users are in one place. Shuffled minibatches, autograd on the mean loss, the server's own optimiser: no per-user
+norms, no clip, no noise, no coins. User embeddings are adapted and kept as on devices, since they are a part of the
+model; and a step draws its negatives, and ends the warm-up, as the round of the same number does.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from client.local_update import losses_of
+from common.model import check_parameters, initialise, shapes
+from common.offer import Offer
+from common.privacy.budget import make_budget
+from common.settings import PrivacySettings, Settings
+from common.threads import one_thread
+from server.training import make_optimizer
+from simulations.datasets.interactions import Interactions
+from simulations.federated import Trained
+from simulations.population import Population
+
+_SHUFFLE = 0x73687566
+
+
+@one_thread()
+def train_centrally(
+    settings: Settings, histories: Interactions, *, steps: int | None = None, batch: int | None = None
+) -> Trained:
+    """Train on the pooled histories from the initial model of the federated run.
+
+    `settings.privacy` and `settings.aggregation` play no part.
+
+    Args:
+        steps: of the optimiser; None: `training.rounds`.
+        batch: users in a minibatch; None: the expected cohort, `training.cohort_rate` of them.
+
+    Raises:
+        ModelError: training diverged.
+    """
+    settings = settings.model_copy(update={"privacy": PrivacySettings(mechanism="none")})
+    training, population, items = settings.training, Population(settings, histories), len(histories.catalogue)
+    parameters = initialise(settings, items, torch.Generator().manual_seed(training.seed))
+    dimension = sum(value.numel() for value in parameters.values())
+    encoding = make_budget(settings, len(population), dimension).encoding
+    model = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
+    optimizer = make_optimizer(training, list(model.values()))
+    batches = _shuffled(len(population), batch or round(training.cohort_rate * len(population)), training.seed)
+    for step in range(1, 1 + (training.rounds if steps is None else steps)):
+        devices = next(batches)
+        public = Offer(step, 1, {name: value.detach() for name, value in model.items()}, encoding, settings)
+        windows, users = population.windows(step, devices), population.users[devices]
+        losses, users = losses_of(settings, dict(model), windows, users, public.candidates, public.warm)
+        optimizer.zero_grad()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        population.users[devices] = users
+    trained = {name: value.detach() for name, value in model.items()}
+    check_parameters(trained, shapes(settings, items))
+    return Trained(settings, trained, population)
+
+
+def _shuffled(users: int, batch: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless minibatches of `batch` users, 1 to all: an epoch shuffles anew and drops what does not fill the last."""
+    generator, size = np.random.default_rng([_SHUFFLE, seed]), min(max(batch, 1), users)
+    while True:
+        yield from generator.permutation(users)[: users - users % size].reshape(-1, size)
