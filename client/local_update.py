@@ -209,8 +209,10 @@ class _Loss:
             head = self.settings.objective.head_of_behaviour
             log_beta = self._head(head, parameters, conditioned.detach(), support, idle).log_probability.detach()
         log_pi = policy.log_probability.detach()
-        items = items_in(parameters)
-        evidence = Evidence(support.rewards, support.returns, support.mask, log_pi, log_beta, None, None, items)
+        rewards, returns = support.rewards, support.returns
+        if self.settings.reward.source == "critic":
+            rewards = returns = _Critic(parameters, conditioned, support, idle).own
+        evidence = Evidence(rewards, returns, support.mask, log_pi, log_beta, None, None, items_in(parameters))
         c = coefficients(self.settings.objective, evidence, self.warm)
         return -mean_over(c * policy.fit, support.mask), mean_over(c, support.mask)
 

@@ -81,7 +81,8 @@ def coefficients(objective: ObjectiveSettings, evidence: Evidence, warm: bool) -
     """(B, T) detached coefficients c_t of each step; 0 outside of the mask.
 
     Args:
-        warm: warm-up is over; before, π is taken for uniform (`objective.warmup`) and λ = 1.
+        warm: warm-up is over; before, w is that of `objective.warmup` and λ = 1 where β is divided by, and on top of a
+            critic that is still to learn all c_t are 0.
     """
     mask = evidence.mask
     if objective.estimator == "cross-entropy":
@@ -89,12 +90,12 @@ def coefficients(objective: ObjectiveSettings, evidence: Evidence, warm: bool) -
     if objective.estimator == "likelihood":
         reward = torch.where(mask, evidence.rewards.clamp(min=0), 0)
         return reward if objective.likelihood_weights == "reward" else reward * weights_of(objective, evidence, False)
+    if not warm and objective.prior == "critic":
+        return torch.zeros_like(evidence.log_pi)
     bounded = warm and objective.corrected and not objective.self_normalised
     c = _values(objective, evidence, bounded)
-    if not warm:
-        if objective.corrected and objective.warmup == "inverse-propensity":
-            c = c * weights_of(objective, evidence, warm)
-        return c
+    if not warm and objective.corrected:
+        return c * weights_of(objective, evidence, warm) if objective.warmup == "inverse-propensity" else c
     weights = weights_of(objective, evidence, warm)
     if objective.estimator == "top-k":
         c = c * top_k_multiplier(evidence.log_pi, objective.slate_size)
@@ -144,8 +145,9 @@ def _trust(objective: ObjectiveSettings, evidence: Evidence) -> Tensor | float:
     Schulman et al. 2015), and the logged items are drawn from β."""
     if objective.trust_region == "none":
         return 0.0
-    if objective.trust_region == "behaviour" or evidence.log_beta is None:
+    if objective.trust_region == "behaviour":
         return objective.trust_penalty
+    assert evidence.log_beta is not None
     log_start = evidence.log_pi if evidence.log_start is None else evidence.log_start
     return objective.trust_penalty * importance_weights(log_start, evidence.log_beta, objective.weight_cap)
 

@@ -96,7 +96,7 @@ class ObjectiveSettings(_Section):
     behaviour: Literal["neural", "frequency"] = "neural"
     """What β is: a softmax on the shared state, or each item's frequency whatever the state (Strehl et al. 2010)."""
     warmup_rounds: int = Field(200, ge=0)
-    """First rounds in which π learns as if it were uniform (`warmup`) while β learns what it is."""
+    """First rounds in which the correction rests (`warmup`), while β, or a critic that π is to build on, learns."""
     warmup: Literal["reinforce", "inverse-propensity"] = "reinforce"
     """Weights of those rounds: 1, or min(1/(Aβ), c), what the uniform policy would have."""
     likelihood_weights: Literal["reward", "inverse-propensity"] = "reward"
@@ -110,7 +110,7 @@ class ObjectiveSettings(_Section):
     watch: bool = False
     """Train β and the critic also where nothing uses them, on states that they do not shape: to see what they say."""
     entropy_bonus: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """η: adds η times π's entropy to the value of each step."""
+    """η: adds η times π's entropy to the value of each step; exact in expectation where the estimator is corrected."""
     trust_region: Literal["none", "behaviour", "start"] = "none"
     """From what π may not stray: from β, or from the round's starting policy."""
     trust_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -131,7 +131,7 @@ class ObjectiveSettings(_Section):
 
     @property
     def corrected(self) -> bool:
-        """Whether the estimator divides by β's π-dependent weight."""
+        """Whether the estimator weighs by π/β."""
         return self.estimator in ("off-policy", "top-k")
 
     @property
@@ -157,10 +157,17 @@ class ObjectiveSettings(_Section):
                         f"Expected objective.{name}={getattr(self, name)} only with one of the estimators "
                         f"{', '.join(article)}: objective.estimator={self.estimator} has no use for it."
                     )
-        if self.critic == "doubly-robust" and not self.corrected:
+        if not self.corrected:
+            for name, needs in {"critic": "doubly-robust", "trust_region": "start"}.items():
+                if getattr(self, name) == needs:
+                    raise ValueError(
+                        f"Expected objective.{name}={needs} only with off-policy or top-k: objective.estimator="
+                        f"{self.estimator} has no weights π/β."
+                    )
+        if self.critic != "none" and self.discount:
             raise ValueError(
-                f"Expected objective.critic=doubly-robust only with off-policy or top-k: objective.estimator="
-                f"{self.estimator} has no weights for what the critic leaves over."
+                f"Expected objective.discount={self.discount:g} to be 0 with objective.critic={self.critic}: the "
+                "critic predicts rewards, not returns."
             )
         if self.negatives_from == "in-batch" and (self.softmax == "nce" or self.critic != "none"):
             raise ValueError(

@@ -177,7 +177,7 @@ def _in_batch(
     logits = tape.watch(queries @ weight[items].transpose(1, 2))
     tape.uses.append(Crossed(name, queries, items, logits))
     own = logits.diagonal(dim1=1, dim2=2)
-    draws = mask.sum(-1, keepdim=True)
+    draws = mask.sum(-1, keepdim=True) - 1  # the other steps
     log_weights = (-candidates.log_q[items] - draws.clamp(min=1).log()).unsqueeze(1)
     usable = mask.unsqueeze(1) & (items.unsqueeze(1) != items.unsqueeze(2))
     log_weights = torch.where(usable, log_weights, -torch.inf)

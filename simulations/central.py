@@ -16,7 +16,7 @@ from common.offer import Offer
 from common.privacy.budget import make_budget
 from common.settings import PrivacySettings, Settings
 from common.threads import one_thread
-from server.training import make_optimizer
+from server.training import learning_rate, make_optimizer
 from simulations.datasets.interactions import Interactions
 from simulations.federated import Trained
 from simulations.population import Population
@@ -52,6 +52,8 @@ def train_centrally(
         public = Offer(step, 1, {name: value.detach() for name, value in model.items()}, encoding, settings)
         windows, users = population.windows(step, devices), population.users[devices]
         losses, users = losses_of(settings, dict(model), windows, users, public.candidates, public.warm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, step - 1)
         optimizer.zero_grad()
         losses.mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -152,6 +152,58 @@ def paper(
     answer(format, results, lambda: results_table(results))
 
 
+@app.command("closed-loop")
+def closed_loop(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; an earlier one goes on.")],
+    learners: Annotated[list[str] | None, typer.Option("--learner", help="One of them only; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Worlds, logs and trainings.")] = 5,
+    users: Annotated[int, typer.Option("--users", min=1, help="Simulated devices.")] = 40_000,
+    items: Annotated[int, typer.Option("--items", min=1, help="Items of the catalogue.")] = 2_000,
+    events: Annotated[int, typer.Option("--events", min=1, help="Logged events of a device.")] = 40,
+    generations: Annotated[int, typer.Option("--generations", min=1, help="Times to train, deploy and log.")] = 1,
+    overrides: SetOption = None,
+    workers: WorkersOption = _CORES,
+    format: FormatOption = "text",
+) -> None:
+    """Train every learner from logs of a world with known preferences, and value its policy exactly (an hour)."""
+    from rich.console import Group
+
+    from simulations.closed_loop import Setup
+    from simulations.closed_loop_table import comparisons_table, jobs_of, run_closed_loop, values_table
+    from simulations.progress import RoundsBar
+
+    setup, chosen = Setup(users=users, items=items, events=events, generations=generations), learners or []
+    with RoundsBar(jobs_of(chosen, seeds), "results") as bar:
+        summary = run_closed_loop(
+            out,
+            setup,
+            chosen,
+            seeds,
+            overrides or [],
+            valued=min(users, 2_000),
+            workers=workers,
+            on_done=bar.update,
+        )
+    answer(format, summary, lambda: Group(values_table(summary), comparisons_table(summary)))
+
+
+@app.command()
+def accuracy(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; an earlier one goes on.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each case, each way.")] = 5,
+    overrides: SetOption = None,
+    workers: WorkersOption = _CORES,
+    format: FormatOption = "text",
+) -> None:
+    """Train every estimator federatedly and centrally, not privately, and rank held-out items (an hour)."""
+    from simulations.accuracy import CASES, WAYS, accuracy_table, run_accuracy
+    from simulations.progress import RoundsBar
+
+    with RoundsBar(len(CASES) * len(WAYS) * seeds, "results") as bar:
+        summary = run_accuracy(out, list(CASES), seeds, overrides or [], workers=workers, on_done=bar.update)
+    answer(format, summary, lambda: accuracy_table(summary))
+
+
 @app.command()
 def evaluate(run: RunArgument, format: FormatOption = "text") -> None:
     """Evaluate a run's model by full ranking, beside popularity and first-order Markov."""

@@ -8,7 +8,7 @@ the same for everyone, to the same architecture trained on the true probabilitie
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,14 @@ LEARNERS: dict[str, list[str]] = {
     "reinforce": ["objective.estimator=reinforce"],
     "off-policy": ["objective.estimator=off-policy"],
     "top-k": ["objective.estimator=top-k"],
+    "top-k on the critic": [
+        "objective.estimator=top-k",
+        "objective.prior=critic",
+        "objective.critic=baseline",
+        "objective.self_normalised=false",
+        "objective.weight_cap=100",
+        "objective.warmup_rounds=200",
+    ],
 }
 """What each learner changes of the settings."""
 
@@ -43,7 +51,13 @@ BASE = [
     "privacy.mechanism=none",
     "privacy.clip_norm=inf",
     "training.schedule=cosine",
-    "training.learning_rate=0.01",
+    "training.learning_rate=0.015",
+    "training.rounds=300",
+    "training.cohort_rate=0.0075",
+    "model.input_width=16",
+    "model.state_width=32",
+    "objective.negatives_from=uniform",
+    "objective.negatives=256",
     "training.checkpoint_every=1000000",
     "training.support_fraction=0",
     "training.user_steps=0",
@@ -57,34 +71,38 @@ class Setup:
     """The world and how it is logged.
 
     Attributes:
-        users, items: N and A of the world, fitted to movielens-small.
+        source: `data.source` that the world is fitted to.
+        users, items: N and A of the world.
         events: what each device has logged before the first training, and logs anew in each generation.
         slate_size: K, items shown at once when policies are valued.
         generations: trainings; after each but the last the trained policy is deployed and logged.
-        personal_share, base_rate, scale, factors: of :func:`simulations.environment.fit_world`.
+        factors, personal_share, base_rate, scale: of :func:`simulations.environment.fit_world`.
         skew, preference, epsilon: of the logging policy (:func:`simulations.behaviour.skewed`).
     """
 
-    users: int = 20_000
+    source: Literal["movielens-small", "synthetic"] = "movielens-small"
+    users: int = 40_000
     items: int = 2_000
     events: int = 40
     slate_size: int = 10
     generations: int = 1
+    factors: int = 8
     personal_share: float = 0.9
     base_rate: float = 0.15
     scale: float = 2.0
-    skew: float = 1.0
-    preference: float = 0.5
+    skew: float = 1.5
+    preference: float = 0.3
     epsilon: float = 0.05
 
     def world(self, seed: int) -> World:
         """The truth."""
-        interactions = datasets.load(DataSettings(items=self.items), seed=0)
+        interactions = datasets.load(DataSettings(source=self.source, items=self.items), seed=0)
         return fit_world(
             interactions,
             self.users,
             self.items,
             seed=seed,
+            factors=self.factors,
             personal_share=self.personal_share,
             base_rate=self.base_rate,
             scale=self.scale,

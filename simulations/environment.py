@@ -22,9 +22,6 @@ from scipy import optimize, sparse, special
 from common.errors import DataError, SettingsError
 from simulations.datasets.interactions import Interactions
 
-FACTORS = 16
-"""f, the numbers in a taste and in a character."""
-
 _SWEEPS = 8  # of alternating least squares
 _RIDGE, _OFFSET_RIDGE = 10.0, 4.0  # on ratings of unit variance; predicts held-out ratings of MovieLens small best
 _KEPT = 0.8  # of the deviation of a resampled row; the rest is Gaussian with the same covariance
@@ -131,6 +128,7 @@ def fit_world(
     items: int,
     *,
     seed: int,
+    factors: int = 16,
     personal_share: float = 0.7,
     base_rate: float = 0.2,
     scale: float = 1.5,
@@ -143,6 +141,7 @@ def fit_world(
     world of 100. Items are the data set's most frequent ones, then, if it has too few, others like them.
 
     Args:
+        factors: f, the numbers in a taste and in a character.
         personal_share: share of the variance of preferences that is personal rather than appeal. The fitted one is
             not kept, as fitting to few ratings shrinks what is personal most.
         base_rate: mean probability of liking over random pairs.
@@ -157,6 +156,7 @@ def fit_world(
     """
     require(users >= 1, f"users={users} ≥ 1")
     require(items >= 1, f"items={items} ≥ 1")
+    require(factors >= 1, f"factors={factors} ≥ 1")
     require(0 <= personal_share <= 1, f"personal_share={personal_share:g} in [0, 1]")
     require(0 < base_rate < 1, f"base_rate={base_rate:g} in (0, 1)")
     require(0 <= scale < np.inf, f"scale={scale:g} ≥ 0")
@@ -164,7 +164,7 @@ def fit_world(
     if popularity_link is not None:
         require(-1 <= popularity_link <= 1, f"popularity_link={popularity_link:g} in [-1, 1]")
 
-    tastes, catalogue = _fit(interactions, np.random.default_rng([seed, _FIT]))
+    tastes, catalogue = _fit(interactions, factors, np.random.default_rng([seed, _FIT]))
     generator = np.random.default_rng([seed, _ITEMS])
     likeness = _resampled(generator, catalogue, max(items - len(catalogue), 0))
     rows = np.concatenate([catalogue[:items], likeness])
@@ -186,8 +186,8 @@ def fit_world(
     made, speeds = [], []
     for number in range(-(-users // _BLOCK)):
         generator = np.random.default_rng([seed, _USERS, number])
-        made.append(_resampled(generator, tastes, 2 * _BLOCK).reshape(_BLOCK, 2, FACTORS))
-        speeds.append(drift * generator.standard_cauchy((_BLOCK, FACTORS)))
+        made.append(_resampled(generator, tastes, 2 * _BLOCK).reshape(_BLOCK, 2, factors))
+        speeds.append(drift * generator.standard_cauchy((_BLOCK, factors)))
     return World(
         tastes=np.concatenate(made)[:users].astype(np.float32),
         speeds=np.concatenate(speeds)[:users].astype(np.float32),
@@ -199,7 +199,7 @@ def fit_world(
     )
 
 
-def _fit(interactions: Interactions, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _fit(interactions: Interactions, factors: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Biased matrix factorisation by alternating ridge regressions (Koren et al. 2009).
 
     Returns:
@@ -221,7 +221,7 @@ def _fit(interactions: Interactions, generator: np.random.Generator) -> tuple[np
         return sparse.csr_matrix((values, (rows, columns)), shape=shape)
 
     shown = table(np.ones(len(ratings)))
-    appeal, characters = np.zeros(shape[1]), 0.3 * generator.standard_normal((shape[1], FACTORS))
+    appeal, characters = np.zeros(shape[1]), 0.3 * generator.standard_normal((shape[1], factors))
     for _ in range(_SWEEPS):
         generosity, tastes = _regressed(shown, table(ratings - appeal[columns]), characters)
         appeal, characters = _regressed(shown.T, table(ratings - generosity[rows]).T, tastes)
@@ -229,7 +229,7 @@ def _fit(interactions: Interactions, generator: np.random.Generator) -> tuple[np
     centre = tastes.mean(axis=0)
     spectrum, axes = np.linalg.eigh(np.cov(tastes.T, bias=True))
     spread = np.sqrt(np.where(spectrum > 1e-9 * spectrum.max(), spectrum, 0))
-    whitened = (tastes - centre) @ axes * np.divide(1, spread, where=spread > 0, out=np.zeros(FACTORS))
+    whitened = (tastes - centre) @ axes * np.divide(1, spread, where=spread > 0, out=np.zeros(factors))
     appeal = appeal + characters @ centre
     return whitened, np.column_stack([np.log(counts), appeal, characters @ axes * spread])
 

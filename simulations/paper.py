@@ -56,10 +56,10 @@ _SHARED: dict[str, Any] = {
     "objective.self_normalised": False,
     "objective.weight_cap": float("inf"),
     "objective.warmup_rounds": 0,
-    # Adam, since an item's gradient shrinks with its probability: plain gradient descent takes thousands of rounds for
-    # the last items, or steps so long that π has settled, on item 8 of exp1, before β is learned. Steps of .15, since
-    # with longer ones π still swings about exp2's K = 2 after so many rounds. Nine devices in ten, some 14,400 actions
-    # a round, since half of them would move that policy by ±.02, and small batches lock onto the item next to the best.
+    # Adam, since an item's gradient shrinks with its probability: plain gradient descent needs far more rounds for the
+    # last items, or steps so long that π has settled, on item 8 of exp1, before β is learned. Steps of .15, since with
+    # longer ones π still swings about exp2's K = 2 at the end. Nine devices in ten, 14,400 actions a round, since the
+    # noise of smaller cohorts moves that policy: one device in two by a standard deviation of .01.
     "training.cohort_rate": 0.9,
     "training.optimizer": "adam",
     "training.learning_rate": 0.15,

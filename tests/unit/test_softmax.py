@@ -232,7 +232,7 @@ def test_a_devices_own_items_normalise_by_their_frequency() -> None:
         own = items[b, t]
         others = [item for item in items[b][mask[b]] if item != own]
         logits = queries[b, t] @ weight.T
-        masses = [(logits[item] - log_q[item]).exp() / mask[b].sum() for item in others]
+        masses = [(logits[item] - log_q[item]).exp() / (mask[b].sum() - 1) for item in others]
         assert found[b, t].item() == pytest.approx((logits[own] - (logits[own].exp() + sum(masses)).log()).item())
 
 

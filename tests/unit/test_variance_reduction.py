@@ -333,6 +333,11 @@ def test_the_batched_engine_equals_autograd(option: dict[str, object]) -> None:
             "Expected objective.negatives_from=in-batch only with the sampled softmax and without a critic",
         ),
         ({"reward.source": "critic", "objective.discount": 0.5}, "Expected objective.discount=0.5 to be 0"),
+        ({"objective.critic": "baseline", "objective.discount": 0.5}, "Expected objective.discount=0.5 to be 0"),
+        (
+            {"objective.estimator": "reinforce", "objective.trust_region": "start", "training.local_steps": 2},
+            "Expected objective.trust_region=start only with off-policy or top-k",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_or_harm_are_refused(settings: dict[str, object], sentence: str) -> None:
@@ -381,6 +386,13 @@ def test_on_top_of_the_critic_a_new_policy_ranks_as_the_critic_and_leaves_it_and
     for name, gradient in expected_gradient(direct, alone, user, ones).items():
         torch.testing.assert_close(with_policy[name], gradient)
     assert with_policy["policy.embedding"].abs().max() > 1e-3
+
+
+def test_on_top_of_a_critic_that_is_still_to_learn_the_policy_rests() -> None:
+    objective = settings_of("top-k", objective__prior="critic", objective__entropy_bonus=0.1).objective
+    log_pi, log_beta, _ = random_policies(3)
+    assert not coefficients(objective, evidence_of(log_pi, log_beta, None), False).any()
+    assert coefficients(objective, evidence_of(log_pi, log_beta, None), True).any()
 
 
 def test_watching_changes_no_gradient_of_what_is_watched() -> None:
