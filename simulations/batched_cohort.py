@@ -6,7 +6,6 @@ the same integers (``tests/contract/test_workers.py``). Rotation, rounding and n
 """
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -14,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
-from threading import Thread
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +31,7 @@ from common.threads import one_thread
 from common.trajectory import Trajectories
 from server.cohort import CohortSum
 from simulations.population import Population
+from simulations.processes import start_worker
 
 _BLOCK_LOGITS = {"full": 80_000, "sampled": 32_768, "nce": 32_768}
 """Candidates times devices of a block: for the full softmax, a block's logits must stay in the cache."""
@@ -200,8 +199,7 @@ def _shared(values: Tensor) -> Tensor:
 
 def _start_worker(shared: Tensor, sums: Tensor, shapes: dict[str, tuple[int, int]], slots: "SimpleQueue[int]") -> None:
     global _worker
-    Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    start_worker()
     _worker = _Worker(unflatten(shared, shapes), sums[slots.get()].numpy())
 
 
@@ -212,14 +210,6 @@ def _signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 @dataclass

@@ -157,6 +157,9 @@ def closed_loop(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; an earlier one goes on.")],
     learners: Annotated[list[str] | None, typer.Option("--learner", help="One of them only; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Worlds, logs and trainings.")] = 5,
+    source: Annotated[
+        str, typer.Option("--source", help="movielens-small or synthetic: what the world is fitted to.")
+    ] = ("movielens-small"),
     users: Annotated[int, typer.Option("--users", min=1, help="Simulated devices.")] = 40_000,
     items: Annotated[int, typer.Option("--items", min=1, help="Items of the catalogue.")] = 2_000,
     events: Annotated[int, typer.Option("--events", min=1, help="Logged events of a device.")] = 40,
@@ -165,15 +168,16 @@ def closed_loop(
     workers: WorkersOption = _CORES,
     format: FormatOption = "text",
 ) -> None:
-    """Train every learner from logs of a world with known preferences, and value its policy exactly (an hour)."""
+    """Train every learner from logs of a world with known preferences, and value its policy exactly (half an hour)."""
     from rich.console import Group
 
     from simulations.closed_loop import Setup
     from simulations.closed_loop_table import comparisons_table, jobs_of, run_closed_loop, values_table
     from simulations.progress import RoundsBar
 
-    setup, chosen = Setup(users=users, items=items, events=events, generations=generations), learners or []
-    with RoundsBar(jobs_of(chosen, seeds), "results") as bar:
+    setup = Setup(source=source, users=users, items=items, events=events, generations=generations)
+    chosen = learners or []
+    with RoundsBar(jobs_of(chosen, seeds), "closed loop", "results") as bar:
         summary = run_closed_loop(
             out,
             setup,
@@ -199,7 +203,7 @@ def accuracy(
     from simulations.accuracy import CASES, WAYS, accuracy_table, run_accuracy
     from simulations.progress import RoundsBar
 
-    with RoundsBar(len(CASES) * len(WAYS) * seeds, "results") as bar:
+    with RoundsBar(len(CASES) * len(WAYS) * seeds, "accuracy", "results") as bar:
         summary = run_accuracy(out, list(CASES), seeds, overrides or [], workers=workers, on_done=bar.update)
     answer(format, summary, lambda: accuracy_table(summary))
 
@@ -343,7 +347,9 @@ def _leave(number: int, frame: Any) -> None:
 
     All that matters is on disk by then, and worker processes end with this one.
     """
-    stderr.print("Interrupted. A run folder goes on with: fedtopk simulate --resume --out RUN")
+    stderr.print(
+        "Interrupted. A run goes on with: fedtopk simulate --resume --out RUN; an experiment with the same command."
+    )
     os._exit(130)
 
 

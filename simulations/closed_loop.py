@@ -8,12 +8,12 @@ the same for everyone, to the same architecture trained on the true probabilitie
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from common.settings import DataSettings, load_settings
+from common.settings import load_settings
 from common.slate import gumbel_top_k
 from server.training import Progress
 from simulations import datasets
@@ -80,7 +80,7 @@ class Setup:
         skew, preference, epsilon: of the logging policy (:func:`simulations.behaviour.skewed`).
     """
 
-    source: Literal["movielens-small", "synthetic"] = "movielens-small"
+    source: str = "movielens-small"
     users: int = 40_000
     items: int = 2_000
     events: int = 40
@@ -96,7 +96,8 @@ class Setup:
 
     def world(self, seed: int) -> World:
         """The truth."""
-        interactions = datasets.load(DataSettings(source=self.source, items=self.items), seed=0)
+        data = load_settings(None, [f"data.source={self.source}", f"data.items={self.items}"]).data
+        interactions = datasets.load(data, seed=0)
         return fit_world(
             interactions,
             self.users,

@@ -12,6 +12,7 @@ from scipy import stats
 
 from common.errors import RunError
 from server.durable import make_folder, replacing
+from simulations.processes import start_worker
 
 Job = tuple[str, int]
 """A name and a seed."""
@@ -42,7 +43,7 @@ def run_jobs(
     _claim(out / "experiment.json", json.loads(json.dumps(stamp)))
     missing = [job for job in jobs if not _file(out, job).exists()]
     done = len(jobs) - len(missing)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         running = {pool.submit(run, job): job for job in missing}
         for future in as_completed(running):
             job = running[future]

@@ -9,14 +9,14 @@ from common.console import stderr
 
 
 class RoundsBar:
-    """A bar over the rounds of a run, with the time that is left."""
+    """A bar over the rounds of a run, or over whatever `unit` says, with the time that is left."""
 
-    def __init__(self, rounds: int, title: str) -> None:
+    def __init__(self, rounds: int, title: str, unit: str = "rounds") -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("rounds"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
