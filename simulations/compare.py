@@ -21,8 +21,9 @@ from simulations.simulate import Watch, simulate
 ESTIMATORS = {"reinforce": "no correction", "off-policy": "correction", "top-k": "top-K correction"}
 """What is compared, and what the article calls it."""
 
-PRESETS = {"privacy.mechanism": "none"}
-"""What a comparison changes of the defaults, unless the configuration or an override says otherwise."""
+PRESETS = {"privacy.mechanism": "none", "objective.watch": "true"}
+"""What a comparison changes of the defaults, unless the configuration or an override says otherwise: no noise, and β
+and a critic in all three runs, also where nothing uses them."""
 
 _LAST = 0.1
 """Share of the rounds, the last ones, over which final figures are means."""
