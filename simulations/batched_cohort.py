@@ -38,9 +38,9 @@ _BLOCK_LOGITS = {"full": 80_000, "sampled": 32_768, "nce": 32_768}
 
 
 def block_devices(objective: ObjectiveSettings, items: int) -> int:
-    """Devices per block, 8 to 512."""
+    """Devices per block, 8 to 128."""
     candidates = items if objective.softmax == "full" else min(objective.negatives, items)
-    return min(max(_BLOCK_LOGITS[objective.softmax] // candidates, 8), 512)
+    return min(max(_BLOCK_LOGITS[objective.softmax] // candidates, 8), 128)
 
 
 @dataclass(frozen=True)

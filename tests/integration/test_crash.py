@@ -45,7 +45,7 @@ def interrupt(out: Path, settings: dict[str, object], after_round: int, number: 
         return process.returncode, errors
 
 
-MANY = TINY | {"data.users": 400, "data.items": 200, "training.rounds": 2000, "training.checkpoint_every": 1}
+MANY = TINY | {"data.users": 1500, "data.items": 200, "training.rounds": 2000, "training.checkpoint_every": 1}
 """Enough devices for several blocks, and so for worker processes."""
 
 
