@@ -39,22 +39,8 @@ class Offer:
 
     @cached_property
     def candidates(self) -> Candidates:
-        """What the round's softmax is normalised over: shared negatives, the device's own items, or all items."""
-        objective, seed = self.settings.objective, self.settings.training.seed
-        if objective.softmax == "full":
-            return None
-        items, source = items_in(self.parameters), objective.negatives_from
-        if source == "log-uniform":
-            probability = log_uniform(items)
-        elif source == "uniform":
-            probability = np.full(items, 1 / items)
-        else:
-            log_q = torch.log_softmax(self.parameters[HEADS["frequency"]].squeeze(-1), 0)
-            if source == "in-batch":
-                return InBatch(log_q)
-            probability = log_q.double().exp().numpy()
-        generator = np.random.default_rng([_NEGATIVES, seed, self.round])
-        return draw_negatives(probability, objective.negatives, generator, contrast=objective.softmax == "nce")
+        """What the round's softmax is normalised over."""
+        return candidates_of(self.settings, self.parameters, self.round)
 
     @cached_property
     def signs(self) -> np.ndarray:
@@ -69,6 +55,25 @@ class Offer:
         if not self.settings.reproducible:
             return system_stream()
         return seeded_stream(self.settings.training.seed, self.round, *labels)
+
+
+def candidates_of(settings: Settings, parameters: Parameters, round_: int) -> Candidates:
+    """What a round's softmax is normalised over: shared negatives, the device's own items, or all items."""
+    objective = settings.objective
+    if objective.softmax == "full":
+        return None
+    items, source = items_in(parameters), objective.negatives_from
+    if source == "log-uniform":
+        probability = log_uniform(items)
+    elif source == "uniform":
+        probability = np.full(items, 1 / items)
+    else:
+        log_q = torch.log_softmax(parameters[HEADS["frequency"]].detach().squeeze(-1), 0)
+        if source == "in-batch":
+            return InBatch(log_q)
+        probability = log_q.double().exp().numpy()
+    generator = np.random.default_rng([_NEGATIVES, settings.training.seed, round_])
+    return draw_negatives(probability, objective.negatives, generator, contrast=objective.softmax == "nce")
 
 
 _NEGATIVES = 0x6E6567

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from common.ghost import Crossed, Dense, Sampled, Tape
-
-_CERTAIN = 1 - 1e-6
+from common.slate import inclusion
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class ItemLikelihood:
         of the candidates.
         """
         log_normaliser = self.own - self.log_probability
-        shown = _inclusion(self.logits - log_normaliser.unsqueeze(-1), slate_size)
+        shown = inclusion(self.logits - log_normaliser.unsqueeze(-1), slate_size)
         if self.log_weights is None:
             return (shown * candidates).sum(-1)
         weighted = candidates * self.log_weights.exp()
@@ -95,12 +94,7 @@ class ItemLikelihood:
             place = self.column.clamp(min=0).unsqueeze(-1)
             kept = torch.where(self.column.unsqueeze(-1) >= 0, 0, weighted.gather(-1, place))
             weighted = weighted.scatter(-1, place, kept)
-        return (shown * weighted).sum(-1) + _inclusion(self.log_probability, slate_size) * own
-
-
-def _inclusion(log_probability: Tensor, slate_size: int) -> Tensor:
-    probability = log_probability.exp().clamp(max=_CERTAIN)
-    return probability if slate_size == 1 else -torch.expm1(slate_size * torch.log1p(-probability))
+        return (shown * weighted).sum(-1) + inclusion(self.log_probability, slate_size) * own
 
 
 def log_uniform(items: int) -> np.ndarray:

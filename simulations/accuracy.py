@@ -1,6 +1,7 @@
 """Federated beside central training of the same architecture, by full ranking on real data, over several seeds.
 
-The seed draws the initial model, the cohorts and minibatches, and the users' windows; the split stays the same.
+The seed draws the initial model, the cohorts and minibatches, the users' windows, and which of a user's interactions of
+the same second counts as the last: the baselines, too, differ from seed to seed.
 """
 
 import json
@@ -49,8 +50,9 @@ def run_accuracy(
         SettingsError, DataError: settings or data that cannot be used.
         RunError: `out` holds results of other settings.
     """
-    for case in cases:
-        load_split(load_settings(None, [*_BASE, *CASES[case], *overrides]))  # a user's mistake shows before the work
+    # A user's mistake shows before the work.
+    settings = [load_settings(None, [*_BASE, *overrides, *CASES[case]]) for case in cases]
+    load_split(settings[0])
     jobs = [(f"{case} {way}", seed) for seed in range(seeds) for case in cases for way in WAYS]
     stamp = {"overrides": overrides}
     found = run_jobs(out, stamp, jobs, partial(_run, overrides), workers=workers, on_done=on_done)
@@ -62,17 +64,19 @@ def run_accuracy(
 
 def summarise(found: dict[Job, dict[str, Any]], cases: list[str]) -> list[dict[str, Any]]:
     """``[{"case", way: {metric: …}, "gap": {metric: …}}]``: the gap is how much of the central figure is missing."""
-    one = next(iter(found.values()))
-    rows: list[dict[str, Any]] = [
-        {"case": name, **{metric: one[name][metric] for metric in METRICS}} for name in ("popularity", "markov")
-    ]
+    rows: list[dict[str, Any]] = []
+    by_seed = {seed: result for (_, seed), result in found.items()}
+    for name in ("popularity", "markov"):
+        figures = {m: mean_of([result[name][m] for result in by_seed.values()]) for m in METRICS}
+        rows.append({"case": name, **figures})
     for case in cases:
         by_way = {
             way: {metric: [found[job][metric] for job in found if job[0] == f"{case} {way}"] for metric in METRICS}
             for way in WAYS
         }
         means = {way: {metric: mean_of(values) for metric, values in by_way[way].items()} for way in WAYS}
-        gap = {m: 1 - means["federated"][m]["value"] / means["central"][m]["value"] for m in METRICS}
+        values = {m: [means[way][m]["value"] for way in WAYS] for m in METRICS}
+        gap = {m: 1 - federated / central for m, (federated, central) in values.items() if central}
         rows.append({"case": case, **means, "gap": gap})
     return rows
 
@@ -84,11 +88,12 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
         table.add_column(heading)
     for row in summary["rows"]:
         if "gap" not in row:
-            table.add_row(row["case"], "", f"{row['hr@10']:.4f}", "", "", f"{row['ndcg@10']:.4f}", "")
+            table.add_row(row["case"], "", in_words(row["hr@10"], 4), "", "", in_words(row["ndcg@10"], 4), "")
             continue
         cells = []
         for metric in METRICS:
-            cells += [in_words(row[way][metric], 4) for way in WAYS] + [f"{row['gap'][metric]:+.1%}"]
+            gap = f"{row['gap'][metric]:+.1%}" if metric in row["gap"] else "-"
+            cells += [*(in_words(row[way][metric], 4) for way in WAYS), gap]
         table.add_row(row["case"], *cells)
     return table
 
@@ -99,7 +104,7 @@ _BASE = ["privacy.mechanism=none", "training.checkpoint_every=1000000"]
 def _run(overrides: list[str], job: Job) -> dict[str, Any]:
     name, seed = job
     case, way = name.rsplit(" ", 1)
-    settings = load_settings(None, [*_BASE, *CASES[case], *overrides, f"training.seed={seed}"])
+    settings = load_settings(None, [*_BASE, *overrides, *CASES[case], f"training.seed={seed}"])
     data = load_split(settings)
     trained = (train if way == "federated" else train_centrally)(settings, data.train)
     scorer = PolicyScorer(settings, trained.parameters, trained.population.users)

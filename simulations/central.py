@@ -12,9 +12,8 @@ import torch
 
 from client.local_update import losses_of
 from common.model import check_parameters, initialise, shapes
-from common.offer import Offer
-from common.privacy.budget import make_budget
-from common.settings import PrivacySettings, Settings
+from common.offer import candidates_of
+from common.settings import Settings
 from common.threads import one_thread
 from server.training import learning_rate, make_optimizer
 from simulations.datasets.interactions import Interactions
@@ -39,19 +38,16 @@ def train_centrally(
     Raises:
         ModelError: training diverged.
     """
-    settings = settings.model_copy(update={"privacy": PrivacySettings(mechanism="none")})
     training, population, items = settings.training, Population(settings, histories), len(histories.catalogue)
     parameters = initialise(settings, items, torch.Generator().manual_seed(training.seed))
-    dimension = sum(value.numel() for value in parameters.values())
-    encoding = make_budget(settings, len(population), dimension).encoding
     model = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
     optimizer = make_optimizer(training, list(model.values()))
     batches = _shuffled(len(population), batch or round(training.cohort_rate * len(population)), training.seed)
     for step in range(1, 1 + (training.rounds if steps is None else steps)):
         devices = next(batches)
-        public = Offer(step, 1, {name: value.detach() for name, value in model.items()}, encoding, settings)
+        candidates, warm = candidates_of(settings, dict(model), step), step > settings.objective.warmup_rounds
         windows, users = population.windows(step, devices), population.users[devices]
-        losses, users = losses_of(settings, dict(model), windows, users, public.candidates, public.warm)
+        losses, users = losses_of(settings, dict(model), windows, users, candidates, warm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step - 1)
         optimizer.zero_grad()

@@ -5,7 +5,6 @@ expectation and not an estimate: every learner is held to the logging policy, to
 the same for everyone, to the same architecture trained on the true probabilities (*full information*), to an oracle.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,14 +14,12 @@ import torch
 
 from common.settings import load_settings
 from common.slate import gumbel_top_k
-from server.training import Progress
 from simulations import datasets
 from simulations.behaviour import Log, Policy, Softmax, log_events, skewed
 from simulations.datasets.interactions import Interactions
 from simulations.environment import World, fit_world, slate_value
 from simulations.federated import Trained, train
 from simulations.full_information import train_on_truth
-from simulations.population import Population
 from simulations.recommender import PolicyScorer
 
 LEARNERS: dict[str, list[str]] = {
@@ -150,60 +147,30 @@ def references(setup: Setup, seed: int, valued: int) -> dict[str, dict[str, floa
     }
 
 
-def run_learner(
-    setup: Setup,
-    learner: str,
-    overrides: list[str],
-    seed: int,
-    *,
-    valued: int,
-    every: int = 0,
-    on_round: Callable[[Progress], None] = lambda progress: None,
-) -> dict[str, Any]:
+def run_learner(setup: Setup, learner: str, overrides: list[str], seed: int, *, valued: int) -> dict[str, Any]:
     """Train one learner from the first log, then deploy, log and retrain it as often as the setup says.
 
     Args:
-        overrides: settings of the user's, above those of the loop and of the learner.
+        overrides: settings of the user's, above those of the loop and below those that make the learner.
         valued: the first so many users, on whom policies are valued.
-        every: value the policy every so many rounds as well; 0: only at the end of each generation.
 
     Returns:
-        ``{"learner", "seed", "generations": [{"first", "mean", "consumed", "course": […], "behaviour": {…}}]}``.
+        ``{"learner", "seed", "generations": [{"first", "mean", "consumed"}]}``.
     """
     world, log = first_log(setup, seed)
     changes = LEARNERS.get(learner, ["objective.estimator=direct"])
-    settings = load_settings(None, [*BASE, f"training.seed={seed}", *changes, *overrides])
+    settings = load_settings(None, [*BASE, *overrides, *changes, f"training.seed={seed}"])
     users, generations = np.arange(valued), []
-    for generation in range(setup.generations):
+    for generation in range(1, setup.generations + 1):
         histories = log.interactions
-        course: list[dict[str, float]] = []
-
-        def watch(
-            progress: Progress,
-            population: Population,
-            histories: Interactions = histories,
-            course: list[dict[str, float]] = course,
-        ) -> None:
-            on_round(progress)
-            if every and progress.round % every == 0:
-                trained = Trained(settings, progress.parameters, population)
-                slates = slates_of(trained, histories, users, setup.slate_size)
-                course.append({"round": progress.round} | value_of(world, slates, users))
-
         if learner == FULL_INFORMATION:
             trained = train_on_truth(settings, histories, world)
         else:
-            trained = train(settings, histories, on_round=watch)
-        found: dict[str, Any] = dict(value_of(world, slates_of(trained, histories, users, setup.slate_size), users))
-        generations.append(found | {"course": course})
-        if generation + 1 < setup.generations:
-            policy = deployed(trained, histories, setup.epsilon)
-            log = joined(
-                log,
-                log_events(
-                    world, policy, setup.events, seed=seed + 1000 * (generation + 1), start=float(generation + 1)
-                ),
-            )
+            trained = train(settings, histories)
+        generations.append(value_of(world, slates_of(trained, histories, users, setup.slate_size), users))
+        if generation < setup.generations:
+            policy, later = deployed(trained, histories, setup.epsilon), seed + 1000 * generation
+            log = joined(log, log_events(world, policy, setup.events, seed=later, start=float(generation)))
     return {"learner": learner, "seed": seed, "generations": generations}
 
 

@@ -217,7 +217,7 @@ def _of_training(comparison: dict[str, Any]) -> list[str]:
     sentences, rows = [], list(comparison["estimators"].values())
     kind, losses = comparison["settings"]["aggregation.kind"], {"critic_loss": "value loss", "behaviour_loss": "β loss"}
     if any(row["curves"] for row in rows) and not any("critic_loss" in row["curves"] for row in rows):
-        sentences.append("There is no critic and no value loss: --set objective.critic=baseline has both.")
+        sentences.append("There is no critic and no value loss: --set objective.watch=true has both.")
     for row in rows:
         curves, final, last = row["curves"], row["final"], row["final_rounds"]
         if not curves:

@@ -17,6 +17,9 @@ _PACKAGES = {
     "ray": ("flwr run", False),
     "pyarrow": ("parquet files (extra: data)", True),
     "tensorboardX": ("TensorBoard files (extra: tensorboard)", True),
+    "matplotlib": ("pictures of compare and paper (extra: pictures)", True),
+    "gymnasium": ("a world as an environment (extra: environment)", True),
+    "stable-baselines3": ("actors as logging policies (extra: environment)", True),
     "fastapi": ("the dashboard (extra: dashboard)", True),
 }
 
