@@ -117,14 +117,12 @@ class Sampled:
 
     def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
         negative, own = self._disjoint(deltas)
-        pairs = own.unsqueeze(2) * own.unsqueeze(1) * _same(self.ids)
-        return ((_gram(negative) + pairs) * _gram(self.inputs)).sum((1, 2))
+        return ((_gram(negative) + _picked_gram(own, self.ids)) * _gram(self.inputs)).sum((1, 2))
 
     def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
         negative, own = self._disjoint(deltas)
-        flat = self.inputs.flatten(0, 1)
-        into.index_add_(0, self.negatives, _weighted(negative, weights).T @ flat)
-        into.index_add_(0, self.ids.flatten(), _weighted(own.unsqueeze(-1), weights) * flat)
+        into.index_add_(0, self.negatives, _weighted(negative, weights).T @ self.inputs.flatten(0, 1))
+        _add_picked(own, self.ids, self.inputs, weights, into)
 
 
 @dataclass
@@ -141,12 +139,10 @@ class Picked:
         return (self.output,)
 
     def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        (delta,) = deltas
-        return (delta.unsqueeze(2) * delta.unsqueeze(1) * _same(self.ids) * _gram(self.inputs)).sum((1, 2))
+        return (_picked_gram(deltas[0], self.ids) * _gram(self.inputs)).sum((1, 2))
 
     def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        rows = _weighted(deltas[0].unsqueeze(-1), weights) * self.inputs.flatten(0, 1)
-        into.index_add_(0, self.ids.flatten(), rows)
+        _add_picked(deltas[0], self.ids, self.inputs, weights, into)
 
 
 @dataclass
@@ -182,6 +178,15 @@ def _gram(values: Tensor) -> Tensor:
 def _same(ids: Tensor) -> Tensor:
     """(B, T, T) 1 where two steps name the same row."""
     return (ids.unsqueeze(2) == ids.unsqueeze(1)).float()
+
+
+def _picked_gram(delta: Tensor, ids: Tensor) -> Tensor:
+    """(B, T, T) products of (B, T) deltas of steps that pick the same row."""
+    return delta.unsqueeze(2) * delta.unsqueeze(1) * _same(ids)
+
+
+def _add_picked(delta: Tensor, ids: Tensor, inputs: Tensor, weights: Tensor, into: Tensor) -> None:
+    into.index_add_(0, ids.flatten(), _weighted(delta.unsqueeze(-1), weights) * inputs.flatten(0, 1))
 
 
 def _weighted(delta: Tensor, weights: Tensor) -> Tensor:
