@@ -9,6 +9,8 @@
     ├── PrivacyError            a guarantee that cannot be given
     │   └── BudgetExceeded      the next release would spend more than the budget
     ├── AggregationError        a round whose sum could not be formed; nothing was released
+    │   ├── ProtocolError       a message that is malformed, forged or of another attempt; names the culprit if known
+    │   └── Refusal             an offer that breaks the device's own policy
     ├── RunError                a run folder that cannot be written, read or resumed
     │   └── CheckpointError     a checkpoint that is truncated, foreign or of another version
     └── MissingDependency       an optional package that the command needs
@@ -43,6 +45,22 @@ class BudgetExceeded(PrivacyError):
 
 class AggregationError(FedtopkError):
     """A cohort's sum could not be formed; nothing was released."""
+
+
+class ProtocolError(AggregationError):
+    """A message of the secure aggregation cannot be what an honest party sent in this attempt.
+
+    Attributes:
+        culprit: number of the device that it can only come from, if that is known.
+    """
+
+    def __init__(self, message: str, culprit: int | None = None) -> None:
+        super().__init__(message)
+        self.culprit = culprit
+
+
+class Refusal(AggregationError):
+    """A device does not take part: the offer breaks its own policy."""
 
 
 class RunError(FedtopkError):

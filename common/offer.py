@@ -1,15 +1,19 @@
 """What is public about one round: the server's offer, which every device checks and derives the same values from."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from common.model import HEADS, Parameters, items_in
+from common.errors import ProtocolError
+from common.model import HEADS, Parameters, check_parameters, items_in, shapes
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
+from common.secagg.terms import Terms
 from common.settings import Settings
 from common.softmax import Candidates, InBatch, draw_negatives, log_uniform
 
@@ -38,6 +42,16 @@ class Offer:
         return self.round > self.settings.objective.warmup_rounds
 
     @cached_property
+    def model(self) -> bytes:
+        """32 bytes, the digest of the parameters: names, shapes and every bit of the numbers."""
+        content = hashlib.sha256()
+        for name, value in sorted(self.parameters.items()):
+            array = value.detach().contiguous().numpy()
+            content.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+            content.update(array.tobytes())
+        return content.digest()
+
+    @cached_property
     def candidates(self) -> Candidates:
         """What the round's softmax is normalised over."""
         return candidates_of(self.settings, self.parameters, self.round)
@@ -55,6 +69,21 @@ class Offer:
         if not self.settings.reproducible:
             return system_stream()
         return seeded_stream(self.settings.training.seed, self.round, *labels)
+
+
+def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Settings, items: int) -> Offer:
+    """The offer that a device has agreed to, with the model that came for it.
+
+    Raises:
+        ModelError: the arrays are not the parameters of such a model.
+        ProtocolError: they are not those that the terms name.
+    """
+    parameters = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    check_parameters(parameters, shapes(settings, items))
+    offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings)
+    if offer.model != terms.model:
+        raise ProtocolError("Expected the model to be the one that the round was agreed on.")
+    return offer
 
 
 def candidates_of(settings: Settings, parameters: Parameters, round_: int) -> Candidates:

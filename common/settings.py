@@ -256,14 +256,22 @@ class AggregationSettings(_Section):
     """δ of secure aggregation: share of a cohort that may drop out."""
     bits: Literal[0, 16, 20, 32] = 0
     """Width of one coordinate on the wire; 0: the smallest that the noise and the cohort allow."""
+    hybrid: bool = False
+    """Whether the shares that devices send each other travel under ML-KEM-768 as well as X25519."""
 
 
 class GuardSettings(_Section):
-    """What a device insists on."""
+    """What a device insists on, beside `privacy.clip_norm` and the fractions and bits of `aggregation`."""
 
     minimum_cohort: int = Field(1, ge=1)
     """A smaller roster uploads nothing; its round releases noise alone. Above 1 one user can decide whether the others
     are in the sum: the budget refuses a population and a rate at which that is likely."""
+    maximum_cohort: int = Field(100_000, ge=1)
+    """A device does not join a larger roster: its share of the noise falls with the roster's size."""
+    minimum_noise_multiplier: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Least z."""
+    maximum_contributions: int = Field(0, ge=0)
+    """κ, how often a device uploads; 0: as often as it is asked."""
 
 
 class EvaluationSettings(_Section):

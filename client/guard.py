@@ -1,0 +1,79 @@
+"""What a device insists on, whatever a server offers: its own pinned policy."""
+
+from dataclasses import dataclass
+
+from common.errors import Refusal
+from common.privacy.encoding import WIDTHS
+from common.secagg.terms import Terms
+from common.settings import Settings
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The terms under which a device takes part.
+
+    Attributes:
+        minimum_cohort, maximum_cohort: least and largest n; a device's share of the noise falls with n.
+        corrupt, dropout: γ and δ, from which thresholds and shares of the noise follow; neither more nor less.
+        bits: widths of a residue that are allowed.
+        maximum_clip: largest C.
+        minimum_noise_multiplier: least z.
+        maximum_contributions: κ, uploads in all; 0 for any number.
+        hybrid: whether shares must travel under ML-KEM too.
+    """
+
+    minimum_cohort: int
+    maximum_cohort: int
+    corrupt: float
+    dropout: float
+    bits: tuple[int, ...]
+    maximum_clip: float
+    minimum_noise_multiplier: float
+    maximum_contributions: int
+    hybrid: bool
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Policy":
+        """The policy that a run's own settings describe."""
+        guard, aggregation = settings.guard, settings.aggregation
+        return cls(
+            guard.minimum_cohort,
+            guard.maximum_cohort,
+            aggregation.corrupt_fraction,
+            aggregation.dropout_fraction,
+            (aggregation.bits,) if aggregation.bits else WIDTHS,
+            settings.privacy.clip_norm,
+            guard.minimum_noise_multiplier,
+            guard.maximum_contributions,
+            aggregation.hybrid,
+        )
+
+    def check(self, terms: Terms, contributions: int) -> None:
+        """Whether this device takes part, having uploaded `contributions` times.
+
+        Raises:
+            Refusal: it does not, for the reasons named.
+        """
+        encoding, honest = terms.encoding, 1 - self.corrupt - self.dropout
+        demands = (
+            (terms.n >= self.minimum_cohort, f"cohort={terms.n} ≥ {self.minimum_cohort}"),
+            (terms.n <= self.maximum_cohort, f"cohort={terms.n} ≤ {self.maximum_cohort}"),
+            (terms.corrupt == self.corrupt, f"corrupt_fraction={terms.corrupt} to be {self.corrupt}"),
+            (terms.dropout == self.dropout, f"dropout_fraction={terms.dropout} to be {self.dropout}"),
+            (encoding.bits in self.bits, f"bits={encoding.bits} to be in {self.bits}"),
+            (encoding.clip <= self.maximum_clip, f"clip_norm={encoding.clip} ≤ {self.maximum_clip}"),
+            (
+                encoding.noise_multiplier >= self.minimum_noise_multiplier,
+                f"noise_multiplier={encoding.noise_multiplier:g} ≥ {self.minimum_noise_multiplier}",
+            ),
+            (abs(encoding.honest - honest) < 1e-9, f"honest={encoding.honest} to be {honest:g}"),
+            (not encoding.central, "noise from the devices"),
+            (terms.hybrid == self.hybrid, f"hybrid={terms.hybrid} to be {self.hybrid}"),
+            (
+                not self.maximum_contributions or contributions < self.maximum_contributions,
+                f"contributions={contributions} < {self.maximum_contributions}",
+            ),
+        )
+        broken = [demand for met, demand in demands if not met]
+        if broken:
+            raise Refusal(f"This device does not take part: expected {', '.join(broken)}.")

@@ -1,0 +1,75 @@
+"""Key agreement between two devices: the key of their common mask, and the keys of the channels between them."""
+
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from common.errors import ProtocolError
+from common.secagg.wire import numbers
+
+SEED_BYTES = 32
+KEM_KEY_BYTES = 1184
+KEM_CIPHERTEXT_BYTES = 1088
+
+
+def public_key(seed: bytes) -> bytes:
+    """The X25519 public key of 32 secret bytes (RFC 7748)."""
+    return X25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+
+
+def mask_key(seed: bytes, other: bytes, context: bytes, one: int, two: int) -> bytes:
+    """32 bytes: the key of the mask that positions `one` and `two` have in common, the same from either side.
+
+    Args:
+        seed: one side's secret.
+        other: the other side's public key.
+
+    Raises:
+        ProtocolError: a public key of low order, with which the result would not be secret.
+    """
+    low, high = sorted((one, two))
+    return _derive(_exchange(seed, other), context, b"mask" + numbers("II", low, high))
+
+
+def channel_key(seed: bytes, other: bytes, context: bytes, sender: int, receiver: int, kem_secret: bytes) -> bytes:
+    """32 bytes: the key of the one message from `sender` to `receiver`; `kem_secret` is empty or of ML-KEM.
+
+    Raises :class:`ProtocolError` for a public key of low order.
+    """
+    secret = _exchange(seed, other) + kem_secret
+    return _derive(secret, context, b"channel" + numbers("II", sender, receiver))
+
+
+def own_key(seed: bytes, context: bytes) -> bytes:
+    """32 bytes: the key of a device's own mask, from b."""
+    return _derive(seed, context, b"own mask")
+
+
+def kem_public_key(seed: bytes) -> bytes:
+    """The ML-KEM-768 public key of 64 secret bytes (FIPS 203)."""
+    return MLKEM768PrivateKey.from_seed_bytes(seed).public_key().public_bytes_raw()
+
+
+def encapsulate(other: bytes) -> tuple[bytes, bytes]:
+    """A secret for the holder of a KEM key, and the ciphertext that brings it. Raises :class:`ProtocolError`."""
+    try:
+        return MLKEM768PublicKey.from_public_bytes(other).encapsulate()
+    except ValueError:
+        raise ProtocolError("Expected a neighbour's ML-KEM key to be one.") from None
+
+
+def decapsulate(seed: bytes, ciphertext: bytes) -> bytes:
+    """The secret; another one where the ciphertext was not made for this key."""
+    return MLKEM768PrivateKey.from_seed_bytes(seed).decapsulate(ciphertext)
+
+
+def _exchange(seed: bytes, other: bytes) -> bytes:
+    try:
+        return X25519PrivateKey.from_private_bytes(seed).exchange(X25519PublicKey.from_public_bytes(other))
+    except ValueError:
+        raise ProtocolError("Expected a neighbour's X25519 key to be a point of full order.") from None
+
+
+def _derive(secret: bytes, context: bytes, info: bytes) -> bytes:
+    return HKDF(SHA256(), 32, salt=context, info=info).derive(secret)

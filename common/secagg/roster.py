@@ -1,0 +1,73 @@
+"""Stage 1, downwards: the terms, the commitment to the roster, and a device's own and its neighbours' places in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.errors import ProtocolError
+from common.secagg.advertisement import Advertisement, advertisement_bytes
+from common.secagg.graph import neighbours_of
+from common.secagg.merkle import Tree, verify
+from common.secagg.terms import DIGEST_BYTES, Terms
+from common.secagg.wire import Reader, numbers
+
+
+@dataclass(frozen=True)
+class View:
+    """What one device sees of a roster.
+
+    Attributes:
+        terms: of the attempt.
+        root: 32 bytes, of the Merkle tree over the roster's advertisements.
+        position: the device's own, in [0, n).
+        own: its advertisement, as it is in the roster.
+        neighbours: positions, increasing.
+        advertisements: of the neighbours, in the same order.
+    """
+
+    terms: Terms
+    root: bytes
+    position: int
+    own: Advertisement
+    neighbours: list[int]
+    advertisements: list[Advertisement]
+
+    @classmethod
+    def parse(cls, content: bytes, check: Callable[[Terms], None]) -> "View":
+        """Read a view and check that it is of one roster: every place in it is proven against the root, and the
+        neighbours are those of the graph that the root determines.
+
+        Args:
+            check: raises where the terms are not acceptable, before anything of the size of n is allocated.
+
+        Raises:
+            ProtocolError: otherwise.
+            AggregationError: no (k, t) exists for the terms.
+        """
+        reader = Reader(content, "the view of a roster")
+        terms = Terms.read(reader)
+        check(terms)
+        root, (position,) = reader.take(DIGEST_BYTES), reader.numbers("I")
+        if position >= terms.n:
+            raise ProtocolError(f"Expected position={position} < n={terms.n}.")
+        neighbours = neighbours_of(root, terms.n, terms.degree.neighbours, position).tolist()
+        found = []
+        for place in [position, *neighbours]:
+            leaf = reader.take(advertisement_bytes(terms.hybrid))
+            (length,) = reader.numbers("B")
+            if not verify(root, leaf, place, terms.n, reader.take(length * DIGEST_BYTES)):
+                raise ProtocolError(f"Expected position {place} to be proven part of the roster.")
+            found.append(Advertisement.parse(leaf, terms.hybrid))
+        reader.end()
+        devices = [advertisement.device for advertisement in found]
+        if len(set(devices)) < len(devices):
+            raise ProtocolError(f"Expected each device once among {sorted(devices)}.")
+        return cls(terms, root, position, found[0], neighbours, found[1:])
+
+
+def view_bytes(terms: Terms, tree: Tree, leaves: list[bytes], position: int, neighbours: list[int]) -> bytes:
+    """What :meth:`View.parse` reads."""
+    parts = [terms.to_bytes(), tree.root, numbers("I", position)]
+    for place in [position, *neighbours]:
+        proof = tree.proof(place)
+        parts += [leaves[place], numbers("B", len(proof) // DIGEST_BYTES), proof]
+    return b"".join(parts)

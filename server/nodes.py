@@ -1,0 +1,136 @@
+"""The devices behind a Flower Grid: which node is which device, and what a stage of the protocol asks of them."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.errors import AggregationError, ProtocolError
+from common.messages import Action
+
+_POLL_SECONDS = 1.0
+_SETTLED_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0
+"""How long to wait for the next device to appear."""
+
+
+@dataclass
+class Traffic:
+    """What one attempt sent, in bytes of content, and why devices fell out."""
+
+    up: int = 0
+    down: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def in_words(self) -> str:
+        """The reasons, the most frequent first."""
+        return " ".join(f"{reason} ({count}×)" if count > 1 else reason for reason, count in self.reasons.most_common())
+
+
+class Nodes:
+    """Devices by their own numbers.
+
+    Args:
+        timeout: seconds that a device has for an answer.
+    """
+
+    def __init__(self, grid: Grid, timeout: float) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._node_of: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._node_of)
+
+    def find(self, expected: int | None, identify: Callable[[Message], int]) -> None:
+        """Wait until N devices have told who they are.
+
+        Args:
+            expected: N; None takes those that are there once no new one comes.
+            identify: the device's number in an answer to `advertise`. Raises :class:`ProtocolError`.
+
+        Raises:
+            AggregationError: they do not come, or not with the numbers from 0 to N−1.
+        """
+        asked: set[int] = set()
+        refusals: list[str] = []
+        newest = time.monotonic()
+        while expected is None or len(self) < expected:
+            new = set(self._grid.get_node_ids()) - asked
+            asked |= new
+            messages = [Message(RecordDict(), node, "query.advertise") for node in new]
+            for reply in self._grid.send_and_receive(messages, timeout=self._timeout) if messages else ():
+                try:
+                    self._node_of[identify(checked(reply))] = reply.metadata.src_node_id
+                    newest = time.monotonic()
+                except ProtocolError as error:
+                    refusals.append(str(error))
+            waited = time.monotonic() - newest
+            if expected is None and len(self) and waited > _SETTLED_SECONDS:
+                break
+            if waited > _PATIENCE_SECONDS:
+                nodes_option = f'--federation-config "num-supernodes={expected or 2}"'
+                raise AggregationError(
+                    f"Expected {expected or 'some'} devices, found {len(self)}: in a Flower simulation, pass "
+                    f"{nodes_option} to `flwr run`. {' '.join(refusals[:1])}".rstrip()
+                )
+            time.sleep(_POLL_SECONDS)
+        if set(self._node_of) != set(range(len(self))):
+            raise AggregationError(
+                f"Expected devices numbered from 0 to {len(self) - 1}, found {sorted(self._node_of)}."
+            )
+
+    def ask(
+        self,
+        action: Action,
+        contents: Mapping[int, RecordDict],
+        take: Callable[[int, Message], None],
+        traffic: Traffic,
+        group: str,
+    ) -> int:
+        """Send each device its content, and take the answers as they come.
+
+        Args:
+            contents: by device.
+            take: is given a device's number and its answer. What it raises as :class:`ProtocolError` counts as no
+                answer.
+            group: of the Messages.
+
+        Returns:
+            How many answers were taken.
+        """
+        messages = {
+            device: Message(content, self._node_of[device], action, group_id=group)
+            for device, content in contents.items()
+        }
+        device_of = {self._node_of[device]: device for device in contents}
+        traffic.down += sum(size_of(content) for content in contents.values())
+        taken = 0
+        for reply in self._grid.send_and_receive(messages.values(), timeout=self._timeout) if messages else ():
+            device = device_of.get(reply.metadata.src_node_id)
+            try:
+                if device is not None:
+                    take(device, checked(reply))
+                    taken += 1
+                    traffic.up += size_of(reply.content)
+                elif reply.has_error():
+                    checked(reply)
+            except ProtocolError as error:
+                traffic.reasons[str(error)] += 1
+        return taken
+
+
+def checked(reply: Message) -> Message:
+    """The reply, unless it is an error. Raises :class:`ProtocolError` with the last line of its reason."""
+    if reply.has_error():
+        lines = [line.strip() for line in str(reply.error.reason).splitlines() if line.strip()]
+        raise ProtocolError(lines[-1] if lines else "A device failed and gave no reason.")
+    return reply
+
+
+def size_of(content: RecordDict) -> int:
+    """Bytes of the values in a content."""
+    return sum(record.count_bytes() for record in content.values())

@@ -1,0 +1,25 @@
+"""The ServerApp of `flwr run .`: the real one, for a simulated population, whose model it can evaluate."""
+
+from typing import Any
+
+from common.model import Parameters
+from common.settings import Settings
+from server.app import Deployment, make_app
+from simulations.identities import simulated_authority
+from simulations.population import Population
+from simulations.simulate import evaluate_model, load_split
+
+
+def _deploy(settings: Settings) -> Deployment:
+    data = load_split(settings)
+    population = Population(settings, data.train)
+
+    def evaluate(parameters: Parameters) -> dict[str, Any]:
+        """With user embeddings adapted from 0: the trained ones are the devices'."""
+        return evaluate_model(settings, parameters, population, data)
+
+    authority = simulated_authority(settings.training.seed)
+    return Deployment(len(data.train.catalogue), settings.data.users or None, len(population), authority, evaluate)
+
+
+server_app = make_app(_deploy)
