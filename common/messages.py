@@ -53,6 +53,17 @@ def arrays_of(message: Message) -> dict[str, np.ndarray]:
         raise ProtocolError(f"Expected the parameters to be arrays: {error}.") from None
 
 
+def size_of(content: RecordDict) -> int:
+    """Bytes of all bodies and arrays in a content."""
+    bodies = sum(
+        len(value)
+        for record in content.config_records.values()
+        for value in record.values()
+        if isinstance(value, bytes)
+    )
+    return bodies + sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
 def _bytes(message: Message, name: str) -> bytes:
     record = message.content.get("secure")
     value = record.get(name) if isinstance(record, ConfigRecord) else None

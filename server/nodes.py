@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import AggregationError, ProtocolError
-from common.messages import Action
+from common.messages import Action, size_of
 
 _POLL_SECONDS = 1.0
 _SETTLED_SECONDS = 5.0
@@ -58,7 +58,7 @@ class Nodes:
         asked: set[int] = set()
         refusals: list[str] = []
         newest = time.monotonic()
-        while expected is None or len(self) < expected:
+        while True:
             new = set(self._grid.get_node_ids()) - asked
             asked |= new
             messages = [Message(RecordDict(), node, "query.advertise") for node in new]
@@ -69,7 +69,7 @@ class Nodes:
                 except ProtocolError as error:
                     refusals.append(str(error))
             waited = time.monotonic() - newest
-            if expected is None and len(self) and waited > _SETTLED_SECONDS:
+            if len(self) == expected or (expected is None and len(self) and waited > _SETTLED_SECONDS):
                 break
             if waited > _PATIENCE_SECONDS:
                 nodes_option = f'--federation-config "num-supernodes={expected or 2}"'
@@ -129,8 +129,3 @@ def checked(reply: Message) -> Message:
         lines = [line.strip() for line in str(reply.error.reason).splitlines() if line.strip()]
         raise ProtocolError(lines[-1] if lines else "A device failed and gave no reason.")
     return reply
-
-
-def size_of(content: RecordDict) -> int:
-    """Bytes of the values in a content."""
-    return sum(record.count_bytes() for record in content.values())

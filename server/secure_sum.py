@@ -153,6 +153,8 @@ class SecureSum:
         take: Callable[[int, Message], None],
         traffic: Traffic,
     ) -> None:
+        if not contents:
+            return
         start = time.perf_counter()
         answers = self._nodes.ask(action, contents, take, traffic, str(offer.round))
         stage, seconds = action.partition(".")[2], time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""`flwr run .` through Flower's own processes: the very model of `fedtopk simulate` with the plain kind."""
+"""`flwr run .` through Flower's own processes: secure aggregation, and the very model of a plain one."""
 
 import json
 import os
@@ -10,15 +10,33 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from running import TINY, simulate
+from running import TINY
 
-from common.settings import OUT, Settings, parse_flat
+from client.device import participate
+from common.offer import Offer
+from common.privacy.encoding import add_residues
+from common.settings import OUT, Settings, load_settings, parse_flat
+from server.cohort import CohortSum, release
+from server.events import EventReader
+from server.run import open_training
+from server.run_folder import RunFolder
+from server.store import open_store_read_only
+from simulations.plain_cohort import PlainCohort
+from simulations.population import Population
+from simulations.simulate import load_split
 
 REPOSITORY = Path(__file__).parents[2]
 FLWR = str(Path(sys.executable).with_name("flwr"))
-SHARED = TINY | {"data.users": 6, "training.rounds": 3, "training.cohort_rate": 0.7}
-"""Settings of both runs; one round draws fewer devices than the others, and a device's state carries over."""
+SHARED = TINY | {
+    "data.users": 10,
+    "training.rounds": 3,
+    "training.cohort_rate": 1.0,
+    "aggregation.kind": "secure",
+    "aggregation.dropout_fraction": 0.2,
+}
+"""Settings of both runs; a device's state carries over from round to round."""
 
 
 def processes_of(home: Path) -> list[int]:
@@ -76,24 +94,80 @@ def flwr_run(app: Path, environment: dict[str, str], nodes: int, config: dict[st
     return done.stdout
 
 
-def test_flower_and_plain_end_in_the_bit_identical_model(tmp_path: Path, flower: dict[str, str]) -> None:
+LOST = {2, 7}
+"""Devices whose uploads of the second and third round never arrive: 20 %."""
+
+FAULTY = f"""
+from flwr.clientapp import ClientApp
+from simulations.client_app import client_app as honest
+
+class Faulty(ClientApp):
+    def __call__(self, message, context):
+        kind, late = message.metadata.message_type, message.metadata.group_id in ("2", "3")
+        if kind == "train.upload" and late and context.node_config["partition-id"] in {LOST}:
+            raise RuntimeError("lost on the way")
+        return honest(message, context)
+
+client_app = Faulty()
+"""
+"""A ClientApp that loses them."""
+
+
+class Unreliable(PlainCohort):
+    """The truth: what the devices that answer encode, summed in the clear."""
+
+    def __init__(self, population: Population) -> None:
+        super().__init__(population)
+        self.people = population
+
+    def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
+        lost = LOST if offer.round in (2, 3) else set()
+        survivors = [device for device in members.tolist() if device not in lost]
+        residues = np.zeros(offer.encoding.padded, np.uint32)
+        for device in survivors:
+            window = self.people.windows(offer.round, np.array([device]))
+            part = participate(offer, len(members), device, window, self.people.users[device])
+            add_residues(residues, part.residues, offer.encoding.bits)
+            self.people.users[device] = part.local_user
+        return CohortSum(release(residues, len(survivors), len(members), offer), len(members), len(survivors))
+
+
+def test_a_real_run_with_lost_uploads_ends_in_the_bit_identical_model(tmp_path: Path, flower: dict[str, str]) -> None:
     (tmp_path / "app").mkdir()
-    said = flwr_run(app_folder(tmp_path / "app"), flower, 6, SHARED | {OUT: str(tmp_path / "flower-run")})
-    assert (tmp_path / "flower-run/report.json").exists(), said
-    assert "NOT SECRET" in said
-    plain = simulate(
-        tmp_path / "plain-run",
-        **{key.replace(".", "__"): value for key, value in SHARED.items()},
-        aggregation__kind="plain",
+    app = app_folder(tmp_path / "app")
+    (app / "simulations/faulty.py").write_text(FAULTY)
+    project = (app / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(
+        project.replace("simulations.client_app:client_app", "simulations.faulty:client_app")
     )
-    assert (tmp_path / "flower-run/model.safetensors").read_bytes() == (
-        tmp_path / "plain-run/model.safetensors"
-    ).read_bytes()
-    report = json.loads((tmp_path / "flower-run/report.json").read_text())
-    assert (report["status"], report["rounds"], report["devices"]) == ("finished", 3, 6)
-    assert report["client_updates"] == plain["client_updates"] > 0
-    assert report["privacy"] == plain["privacy"]
-    assert report["aggregation"]["bytes_up_per_device"] > 0
+    run = tmp_path / "flower-run"
+    said = flwr_run(app, flower, 10, SHARED | {OUT: str(run)})
+    assert (run / "report.json").exists(), said
+
+    settings = load_settings(None, [f"{key}={value}" for key, value in SHARED.items()])
+    data = load_split(settings)
+    folder = RunFolder(tmp_path / "plain-run")
+    with folder.open(settings, resume=False) as store:
+        cohort = Unreliable(Population(settings, data.train))
+        training = open_training(settings, folder, store, cohort, len(data.train.catalogue))
+        folder.save_model(training.run(lambda: False, lambda progress: None).parameters)
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "plain-run/model.safetensors").read_bytes()
+
+    report = json.loads((run / "report.json").read_text())
+    assert (report["status"], report["rounds"], report["devices"]) == ("finished", 3, 10)
+    assert report["client_updates"] == 26
+    assert report["aggregation"]["dropouts"] == 4
+    assert report["aggregation"]["kind"] == "secure"
+    assert report["aggregation"]["bytes_up_per_device"] < report["aggregation"]["bytes_down_per_device"]
+    with open_store_read_only(run) as store:
+        events = EventReader(store).read(kinds=["stage", "dropouts"])
+    stages = [
+        (event.fields["stage"], event.fields["answers"])
+        for event in events
+        if event.round == 2 and event.kind == "stage"
+    ]
+    assert stages == [("share", 10), ("upload", 8), ("agree", 8), ("unmask", 8)]
+    assert any("lost on the way" in str(event.fields) for event in events if event.kind == "dropouts")
 
 
 def test_the_run_configuration_of_the_bundle_holds_every_setting() -> None:

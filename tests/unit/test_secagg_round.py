@@ -1,5 +1,7 @@
 """A whole attempt: the masked sum is the plain one for every pattern of dropouts, or nothing comes out."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,7 +92,7 @@ def test_shards_unmask_as_the_whole(cuts: list[int], bits: int) -> None:
     keys = [(generator.bytes(32), sign) for sign in (1, -1, 1)]
     whole = in_lanes(generator.integers(0, 2**bits, 64, dtype=np.uint32), bits)
     edges = sorted({0, 64, *cuts})
-    shards = [whole[low:high].copy() for low, high in zip(edges, edges[1:], strict=False)]
+    shards = [whole[low:high].copy() for low, high in itertools.pairwise(edges)]
     add_masks(whole, keys)
     for low, shard in zip(edges, shards, strict=False):
         add_masks(shard, keys, start=low)

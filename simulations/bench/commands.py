@@ -1,0 +1,54 @@
+"""`fedtopk bench`: measured figures."""
+
+from typing import Annotated
+
+import typer
+
+from common.console import Format, answer
+from common.errors import SettingsError
+
+bench_app = typer.Typer(help="Measured figures.", no_args_is_help=True)
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
+
+
+@bench_app.command()
+def secagg(
+    devices: Annotated[
+        str,
+        typer.Option("--devices", metavar="N,N…", help="Sizes of a cohort. [default: 100,1000, and 10000 of d=4096]"),
+    ] = "",
+    dimension: Annotated[int, typer.Option("--dimension", min=1, help="d, numbers of an update.")] = 1 << 20,
+    dropout: Annotated[float, typer.Option("--dropout", min=0, help="Share of the devices that drop out.")] = 0.05,
+    bits: Annotated[int, typer.Option("--bits", help="Width of a number: 16, 20, 32, or 0 for what fits.")] = 16,
+    corrupt: Annotated[float, typer.Option("--corrupt", min=0, help="γ, share of devices that may collude.")] = 0.1,
+    allowed: Annotated[float, typer.Option("--allowed-dropout", min=0, help="δ, share that may drop out.")] = 0.1,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the cohorts of 1000 and 10000.")] = False,
+    format: FormatOption = "text",
+) -> None:
+    """Measure what secure aggregation costs a device and the server, beside Flower's legacy masks (half an hour)."""
+    from simulations.bench.secagg import Case, bench_secagg, results_table
+    from simulations.progress import RoundsBar
+
+    sizes = [(n, dimension) for n in _numbers(devices or ("100" if quick else "100,1000"))]
+    if not devices and not quick:
+        sizes.append((10_000, min(dimension, 4096)))
+    cases = [Case(n, d, dropout, bits, corrupt, allowed) for n, d in sizes]
+    done = 0
+    with RoundsBar(sum(case.steps for case in cases), "secagg", "messages") as bar:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            bar.update(done, "")
+
+        results = bench_secagg(cases, step)
+    answer(format, results, lambda: results_table(results))
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive whole numbers with commas between them."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise SettingsError(f"Expected --devices={text} to be whole numbers from 1, with commas between them.")
+    return [int(word) for word in words]
