@@ -174,7 +174,14 @@ def closed_loop(
     from rich.console import Group
 
     from simulations.closed_loop import Setup
-    from simulations.closed_loop_table import comparisons_table, jobs_of, run_closed_loop, values_table
+    from simulations.closed_loop_table import (
+        behaviour_table,
+        comparisons_table,
+        jobs_of,
+        off_policy_table,
+        run_closed_loop,
+        values_table,
+    )
     from simulations.progress import RoundsBar
 
     setup = Setup(source=source, users=users, items=items, events=events, generations=generations)
@@ -190,7 +197,8 @@ def closed_loop(
             workers=workers,
             on_done=bar.update,
         )
-    answer(format, summary, lambda: Group(values_table(summary), comparisons_table(summary)))
+    tables = (values_table, comparisons_table, off_policy_table, behaviour_table)
+    answer(format, summary, lambda: Group(*(table(summary) for table in tables)))
 
 
 @app.command()

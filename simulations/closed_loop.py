@@ -20,6 +20,7 @@ from simulations.datasets.interactions import Interactions
 from simulations.environment import World, fit_world, slate_value
 from simulations.federated import Trained, train
 from simulations.full_information import train_on_truth
+from simulations.off_policy import evaluate_off_policy
 from simulations.recommender import PolicyScorer
 
 LEARNERS: dict[str, list[str]] = {
@@ -155,12 +156,14 @@ def run_learner(setup: Setup, learner: str, overrides: list[str], seed: int, *, 
         valued: the first so many users, on whom policies are valued.
 
     Returns:
-        ``{"learner", "seed", "generations": [{"first", "mean", "consumed"}]}``.
+        ``{"learner", "seed", "generations": [{"first", "mean", "consumed"}], "off_policy": …}``, the last as
+        :func:`simulations.off_policy.evaluate_off_policy` says of the first generation.
     """
     world, log = first_log(setup, seed)
     changes = LEARNERS.get(learner, ["objective.estimator=direct"])
     settings = load_settings(None, [*BASE, *overrides, *changes, f"training.seed={seed}"])
     users, generations = np.arange(valued), []
+    off_policy: dict[str, Any] = {}
     for generation in range(1, setup.generations + 1):
         histories = log.interactions
         if learner == FULL_INFORMATION:
@@ -168,10 +171,13 @@ def run_learner(setup: Setup, learner: str, overrides: list[str], seed: int, *, 
         else:
             trained = train(settings, histories)
         generations.append(value_of(world, slates_of(trained, histories, users, setup.slate_size), users))
+        if not off_policy:
+            logging, size = setup.logging_policy(world), setup.slate_size
+            off_policy = evaluate_off_policy(world, logging, trained, histories, users, size, seed)
         if generation < setup.generations:
             policy, later = deployed(trained, histories, setup.epsilon), seed + 1000 * generation
             log = joined(log, log_events(world, policy, setup.events, seed=later, start=float(generation)))
-    return {"learner": learner, "seed": seed, "generations": generations}
+    return {"learner": learner, "seed": seed, "generations": generations, "off_policy": off_policy}
 
 
 def slates_of(trained: Trained, histories: Interactions, users: np.ndarray, size: int) -> np.ndarray:

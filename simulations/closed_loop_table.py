@@ -26,6 +26,10 @@ COMPARISONS = [
 ]
 """Pairs whose difference is shown: the same world, users and log for each seed, so that they are compared in pairs."""
 
+PROPENSITIES = ("true propensities", "estimated propensities")
+ESTIMATORS = ("ips", "clipped", "snips", "direct", "doubly robust")
+ESTIMATED_SLATES = ("ips", "clipped")
+
 _REFERENCES = "references"
 
 
@@ -72,7 +76,7 @@ def jobs_of(learners: list[str], seeds: int) -> int:
 
 
 def summarise(found: dict[Job, dict[str, Any]]) -> dict[str, Any]:
-    """``{"rows": [{"policy", "generation", measure: {"value", "ci95"}…}], "comparisons": […]}``."""
+    """``{"rows": [{"policy", "generation", measure: {"value", "ci95"}…}], "comparisons": […], "off_policy": […]}``."""
     values: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     for (name, seed), result in found.items():
         if name == _REFERENCES:
@@ -92,7 +96,57 @@ def summarise(found: dict[Job, dict[str, Any]]) -> dict[str, Any]:
         if first and second:
             differences = [first[seed]["mean"] - second[seed]["mean"] for seed in first]
             comparisons.append({"better": better, "worse": worse, **mean_of(differences)})
-    return {"rows": rows, "comparisons": comparisons}
+    return {"rows": rows, "comparisons": comparisons, "off_policy": _off_policy(found)}
+
+
+def _off_policy(found: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
+    """``[{"policy", "true", propensities: {estimator: error}, "slate": {…}, "behaviour": {…}}]``, means over seeds."""
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for (name, _), result in found.items():
+        if result.get("off_policy", {}):
+            reports.setdefault(name, []).append(result["off_policy"])
+    rows = []
+    for policy, seeds in reports.items():
+        row: dict[str, Any] = {"policy": policy, "true": mean_of([report["true"] for report in seeds])}
+        for kind in PROPENSITIES:
+            for name in seeds[0].get(kind, {}):
+                errors = [report[kind][name]["value"] - report["true"] for report in seeds]
+                row.setdefault(kind, {})[name] = mean_of(errors)
+        slates = [report["slate"] for report in seeds]
+        row["slate"] = {
+            name: mean_of([slate[name]["value"] - slate["true"] for slate in slates]) for name in ESTIMATED_SLATES
+        }
+        for name in seeds[0].get("behaviour", {}):
+            row.setdefault("behaviour", {})[name] = mean_of([report["behaviour"][name] for report in seeds])
+        rows.append(row)
+    return rows
+
+
+def off_policy_table(summary: dict[str, Any]) -> Table:
+    """How far each estimate is from the truth, with true propensities and with β's."""
+    table = Table(title="Off-policy estimates of π after each history, less its true value", show_lines=True)
+    for heading in ("policy", "true value", "propensities", *ESTIMATORS):
+        table.add_column(heading)
+    for row in summary["off_policy"]:
+        for kind in PROPENSITIES:
+            if kind in row:
+                cells = [in_words(row[kind][name]) if name in row[kind] else "-" for name in ESTIMATORS]
+                table.add_row(row["policy"], in_words(row["true"]), kind.split()[0], *cells)
+    return table
+
+
+def behaviour_table(summary: dict[str, Any]) -> Table:
+    """How well β̂ knows the logging policy."""
+    table = Table(
+        "policy", "calibration error × A", "log-loss", "entropy of the logging policy", "KL", title="β̂ in nats"
+    )
+    for row in summary["off_policy"]:
+        if "behaviour" in row:
+            found = row["behaviour"]
+            relative = found["ece"]["value"] / found["mean_probability"]["value"]
+            cells = (in_words(found[name]) for name in ("log_loss", "entropy", "kl"))
+            table.add_row(row["policy"], f"{relative:.3f}", *cells)
+    return table
 
 
 def values_table(summary: dict[str, Any]) -> Table:

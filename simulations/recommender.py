@@ -7,7 +7,7 @@ from torch import Tensor
 from client.local_update import adapt_users
 from common.ghost import Tape
 from common.model import HEADS, Parameters, Recurrence, condition, policy_weight, queries
-from common.settings import Settings
+from common.settings import Head, Settings
 from common.trajectory import pad, rewards_of
 from simulations.datasets.interactions import Interactions
 
@@ -15,21 +15,22 @@ _BLOCK = 32
 
 
 class PolicyScorer:
-    """Scores of π for devices that serve from their whole history and their adapted user embedding.
+    """Scores for devices that serve from their whole history and their adapted user embedding.
 
     Args:
         users: (N, w) the user embeddings that the devices kept.
+        head: whose scores; by default that which items are ranked by.
     """
 
-    def __init__(self, settings: Settings, parameters: Parameters, users: Tensor) -> None:
+    def __init__(self, settings: Settings, parameters: Parameters, users: Tensor, head: Head | None = None) -> None:
         self._settings = settings
         self._parameters = parameters
         self._users = users
-        critic = settings.serving_head == "critic"
-        self._weight = parameters[HEADS["critic"]] if critic else policy_weight(settings, parameters)
+        head = head or settings.serving_head
+        self._weight = policy_weight(settings, parameters) if head == "policy" else parameters[HEADS[head]]
 
     def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
-        """(B, A) logits of π after the last interaction of each user's history."""
+        """(B, A) logits of the head after the last interaction of each user's history."""
         lengths = histories.lengths()[users]
         rewards = rewards_of(histories.ratings, self._settings.data.rating_range)
         result = torch.empty(len(users), len(histories.catalogue))

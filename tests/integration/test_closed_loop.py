@@ -17,7 +17,15 @@ from common.errors import RunError, SettingsError
 from simulations.accuracy import CASES, run_accuracy
 from simulations.behaviour import log_events, uniform
 from simulations.closed_loop import FULL_INFORMATION, Setup, joined, references, value_of
-from simulations.closed_loop_table import comparisons_table, jobs_of, run_closed_loop, summarise, values_table
+from simulations.closed_loop_table import (
+    behaviour_table,
+    comparisons_table,
+    jobs_of,
+    off_policy_table,
+    run_closed_loop,
+    summarise,
+    values_table,
+)
 from simulations.experiment import mean_of
 
 SETUP = Setup(source="synthetic", users=300, items=40, events=12, slate_size=5, generations=2, factors=3)
@@ -87,12 +95,35 @@ def test_tables_show_every_row(loop: tuple[Path, dict[str, Any], list[str]]) -> 
     assert comparisons_table(summary).row_count == len(summary["comparisons"]) == 3
 
 
+def test_the_log_tells_what_a_policy_is_worth(loop: tuple[Path, dict[str, Any], list[str]]) -> None:
+    """IPS and DR with true propensities lie around the truth; β's calibration is told where there is a neural β."""
+    out, summary, _ = loop
+    unbiased = []
+    for path in out.glob("*.json"):
+        report = json.loads(path.read_text()).get("off_policy")
+        for name in ("ips", "doubly robust") if isinstance(report, dict) else ():
+            if name in report["true propensities"]:
+                estimate = report["true propensities"][name]
+                unbiased.append((estimate["value"] - report["true"]) / estimate["standard_error"])
+    assert len(unbiased) >= 10
+    assert np.abs(unbiased).max() < 4
+    assert abs(np.mean(unbiased)) < 4 / np.sqrt(len(unbiased))
+    rows = {row["policy"]: row for row in summary["off_policy"]}
+    assert set(rows) == set(LEARNERS)
+    assert "doubly robust" in rows["direct"]["true propensities"] and "behaviour" not in rows["direct"]
+    behaviour = rows["top-k"]["behaviour"]
+    assert behaviour["log_loss"]["value"] == pytest.approx(behaviour["entropy"]["value"] + behaviour["kl"]["value"])
+    assert 0 < behaviour["ece"]["value"] < behaviour["mean_probability"]["value"] == pytest.approx(1 / SETUP.items)
+    assert off_policy_table(summary).row_count == 4 + 2
+    assert behaviour_table(summary).row_count == 2
+
+
 def test_comparisons_are_of_the_same_seed() -> None:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for seed, level in enumerate((0.1, 0.5, 0.9)):
         for name, more in (("top-k", 0.01), ("off-policy", 0.0)):
             value = {"first": level, "mean": level + more, "consumed": level}
-            found[name, seed] = {"generations": [value]}
+            found[name, seed] = {"generations": [value], "off_policy": {}}
     (row,) = summarise(found)["comparisons"]
     assert row["value"] == pytest.approx(0.01)
     assert row["ci95"] == pytest.approx([0.01, 0.01])
