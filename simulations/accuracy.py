@@ -27,7 +27,12 @@ CASES: dict[str, list[str]] = {
     "off-policy": ["objective.estimator=off-policy"],
     "top-k": ["objective.estimator=top-k"],
     "cross-entropy, full softmax": ["objective.estimator=cross-entropy", "objective.softmax=full"],
-    "cross-entropy, 256 negatives": ["objective.estimator=cross-entropy", "objective.negatives=256"],
+    "cross-entropy, 256 log-uniform negatives": ["objective.estimator=cross-entropy", "objective.negatives=256"],
+    "cross-entropy, 256 uniform negatives": [
+        "objective.estimator=cross-entropy",
+        "objective.negatives=256",
+        "objective.negatives_from=uniform",
+    ],
 }
 """What each case changes of the settings."""
 

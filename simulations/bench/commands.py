@@ -46,6 +46,24 @@ def secagg(
     answer(format, results, lambda: results_table(results))
 
 
+@bench_app.command()
+def fuzz(
+    inputs: Annotated[int, typer.Option("--inputs", min=1, help="Inputs in all.")] = 1_000_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the keys and of the inputs.")] = 0,
+    format: FormatOption = "text",
+) -> None:
+    """Feed every reader of secure aggregation's messages with changed ones; nothing may crash (minutes)."""
+    from simulations.bench.fuzz import fuzz as run
+    from simulations.bench.fuzz import results_table
+    from simulations.progress import RoundsBar
+
+    with RoundsBar(inputs, "fuzz", "inputs") as bar:
+        results = run(inputs, seed, lambda done, name: bar.update(done, name))
+    answer(format, results, lambda: results_table(results))
+    if results["crashes"]:
+        raise typer.Exit(1)
+
+
 def _numbers(text: str) -> list[int]:
     """Positive whole numbers with commas between them."""
     words = [word.strip() for word in text.split(",")]

@@ -24,7 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from common.errors import AggregationError, SettingsError
-from common.privacy.encoding import Encoding, add_residues, encode
+from common.privacy.encoding import WIDTHS, Encoding, add_residues, encode
 from common.privacy.randomness import seeded_stream, system_stream
 from common.privacy.rotation import random_signs
 from common.secagg import member
@@ -70,6 +70,8 @@ class Case:
     def __post_init__(self) -> None:
         if self.dropout > self.allowed:
             raise SettingsError(f"Expected dropout={self.dropout} to be at most allowed-dropout={self.allowed}.")
+        if self.bits not in (0, *WIDTHS):
+            raise SettingsError(f"Expected bits={self.bits} to be 0, 16, 20 or 32.")
         if self.corrupt + self.allowed >= 1:
             raise SettingsError(f"Expected corrupt={self.corrupt} and allowed-dropout={self.allowed} to sum to < 1.")
 
@@ -300,10 +302,8 @@ def _encode_ms(terms: Terms) -> float:
 
 
 def _legacy(dimension: int, bits: int) -> dict[str, float]:
-    ours, legacy = (
-        median(ms() for _ in range(_REPEATS))
-        for ms in (lambda: our_mask_ms(dimension, 32, bits), lambda: legacy_mask_ms(dimension, 2))
-    )
+    ours = median(our_mask_ms(dimension, 32, bits) for _ in range(_REPEATS))
+    legacy = median(legacy_mask_ms(dimension, 2) for _ in range(_REPEATS))
     return {
         "mask_ms_per_million": round(legacy, 3),
         "ours_mask_ms_per_million": round(ours, 4),

@@ -1,0 +1,117 @@
+"""`fedtopk bench`: the documented answers, from small measurements."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import fedtopk
+
+from common.errors import MissingDependency
+from simulations.bench import fuzz as fuzzing
+
+
+def answer_of(*words: str) -> dict[str, Any]:
+    done = fedtopk("bench", *words, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_secagg() -> None:
+    """The command fails unless every masked sum is the plain one."""
+    words = ("--quick", "--dimension", "256", "--devices", "8,70", "--dropout", "0.1")
+    answer = answer_of("secagg", *words)
+    assert answer.keys() == {"machine", "rows", "flower_legacy"}
+    assert answer["flower_legacy"].keys() == {"mask_ms_per_million", "ours_mask_ms_per_million", "ratio"}
+    assert [(row["n"], row["d"], row["bits"], row["dropout"]) for row in answer["rows"]] == [
+        (8, 256, 16, 0.1),
+        (70, 256, 16, 0.1),
+    ]
+    for row in answer["rows"]:
+        assert row["device_ms"] == pytest.approx(sum(row["device_stages_ms"].values()), abs=0.01)
+        assert row["server_s"] == pytest.approx(sum(row["server_stages_s"].values()), abs=0.001)
+        assert row["encode_ms"] > 0
+        assert row["upload_ratio"] == (2 * 256 + 64) / (4 * 256)
+    complete, sparse = answer["rows"]
+    assert complete["k"] == 7 and sparse["k"] < 69
+    everybody = complete["k"]
+    assert complete["overhead_up_bytes"] == 268 + everybody * 112 + 64 + 64 + 32 + everybody * 32
+    assert sparse["overhead_up_bytes"] < 20_000 and sparse["overhead_down_bytes"] < 128_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--devices", "8,x"), "Expected --devices=8,x to be whole numbers from 1, with commas between them."),
+        (("--dropout", "0.2"), "Expected dropout=0.2 to be at most allowed-dropout=0.1."),
+        (("--allowed-dropout", "0.95"), "to sum to < 1."),
+        (("--bits", "12"), "Expected bits=12 to be 0, 16, 20 or 32."),
+    ],
+)
+def test_secagg_refuses(words: tuple[str, ...], message: str) -> None:
+    done = fedtopk("bench", "secagg", "--quick", "--dimension", "16", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+needs_atheris = pytest.mark.skipif(find_spec("atheris") is None, reason="there is no atheris for this machine")
+
+
+@needs_atheris
+def test_fuzz() -> None:
+    answer = answer_of("fuzz", "--inputs", "2000")
+    assert answer.keys() == {"targets", "inputs", "crashes"}
+    assert answer["crashes"] == 0
+    assert answer["inputs"] == sum(row["inputs"] for row in answer["targets"]) >= 2000
+    assert all(row.keys() == {"name", "inputs", "seconds", "crashes"} for row in answer["targets"])
+    assert all(row["inputs"] > 0 for row in answer["targets"])
+
+
+BROKEN = """
+import sys, time
+from pathlib import Path
+import atheris
+with atheris.instrument_imports(include=["common"]):
+    from simulations.bench import fuzz, fuzz_targets
+    from common.secagg.terms import Terms
+
+def bad(name, fault):
+    def read(content):
+        if content != b"valid":
+            fault()
+        Terms.parse(content)
+    return fuzz_targets.Target(name, lambda content: content == b"valid" or read(content), [b"valid"])
+
+def raises():
+    raise KeyError("x")
+
+fuzz_targets.targets = lambda seed: [
+    bad("raises", raises),
+    bad("hangs", lambda: time.sleep(3)),
+    bad("grows", lambda: bytearray(2**27)),
+    bad("refuses", lambda: None),
+]
+fuzz._fuzz_all(100, 0, Path(sys.argv[1]))
+"""
+
+
+@needs_atheris
+def test_fuzz_finds_what_is_broken(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", BROKEN, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    rows = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert rows["raises"]["error"] == "KeyError: 'x'"
+    assert rows["hangs"]["error"].startswith("libFuzzer: timeout")
+    assert rows["grows"]["error"].startswith("MemoryError")
+    assert [rows[name]["crashes"] for name in ("raises", "hangs", "grows", "refuses")] == [1, 1, 1, 0]
+    assert rows["refuses"]["inputs"] == 25
+
+
+def test_fuzz_without_atheris(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzzing, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match=r"fedtopk\[dev\]"):
+        fuzzing.fuzz(1, 0, lambda done, name: None)
