@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 
 from client.secure_upload import Secured, SecureUpload
 from common.errors import FedtopkError
-from common.messages import arrays_of, body_of, content_of, run_digest
+from common.messages import body_of, content_of, model_of, run_digest
 from common.secagg.terms import Terms
 from common.settings import Settings, parse_flat
 
@@ -103,7 +103,7 @@ def _compute(settings: Settings, device: Device, terms: Terms, message: Message,
     from client.device import participate
     from common.offer import read_offer
 
-    offer = read_offer(terms, arrays_of(message), settings, device.items)
+    offer = read_offer(terms, model_of(message), settings, device.items)
     user = torch.zeros(settings.model.user_width)
     if _LOCAL_USER in context.state.array_records:
         user = torch.from_numpy(context.state.array_records[_LOCAL_USER]["user"].numpy().copy())

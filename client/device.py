@@ -40,6 +40,12 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
             offer.settings, offer.parameters, window, user.unsqueeze(0), offer.candidates, offer.warm
         )
         vector = update.gradients.weighted_sum(torch.ones(1)).numpy()
+    local_user = update.local_users[0]
+    # Numbers of a model that overflow for some histories only must not tell whose: such a device sends noise alone.
+    if not np.isfinite(vector).all():
+        vector = np.zeros_like(vector)
+    if not bool(torch.isfinite(local_user).all()):
+        local_user = user
     residues = encode(
         vector,
         offer.encoding,
@@ -48,4 +54,4 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
         offer.stream("rounding", device),
         offer.stream("noise", device),
     )
-    return Participation(residues, update.local_users[0])
+    return Participation(residues, local_user)

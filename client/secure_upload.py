@@ -21,7 +21,7 @@ from common.secagg.member import Advertised, Agreed, Identity, Shared, Uploaded
 from common.secagg.roster import View
 from common.secagg.terms import Terms
 
-_STATE, _HISTORY = "secure", "contributions"
+_STATE, _HISTORY, _ALL = "secure", "contributions", "all"
 
 _State = TypeVar("_State", Advertised, Shared, Uploaded, Agreed)
 
@@ -85,8 +85,8 @@ class SecureUpload:
         shared = self._load(Shared)
         terms = Terms.parse(shared.terms)
         uploaded, masks = member.receive(shared, body)
+        self._charge(terms)  # before the work: that it fails may already say something
         message = member.upload(uploaded, self._device.identity, masks, compute(terms))
-        self._charge(terms)
         self._save(uploaded)
         return message
 
@@ -113,16 +113,14 @@ class SecureUpload:
 
     def _charge(self, terms: Terms) -> None:
         _, contributions = self._history()
-        numbers = {"round": terms.round, "attempt": terms.attempt, "contributions": contributions + 1}
-        self._store[_HISTORY] = ConfigRecord({"run": self._run, **numbers})
+        changed = {_ALL: contributions + 1, self._run.hex(): [terms.round, terms.attempt]}
+        self._store[_HISTORY] = ConfigRecord(dict(self._store.get(_HISTORY) or {}) | changed)
 
     def _history(self) -> tuple[tuple[int, int], int]:
         """The last round and attempt of this run that this device uploaded in, and all its uploads."""
-        record = self._store.get(_HISTORY)
-        if record is None:
-            return (0, 0), 0
-        here = record["run"] == self._run
-        return (record["round"], record["attempt"]) if here else (0, 0), record["contributions"]
+        record = self._store.get(_HISTORY) or {}
+        round_, attempt = record.get(self._run.hex(), (0, 0))
+        return (round_, attempt), record.get(_ALL, 0)
 
     def _load(self, expected: type[_State]) -> _State:
         record = self._store.get(_STATE)

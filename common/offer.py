@@ -78,8 +78,13 @@ def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Setting
         ModelError: the arrays are not the parameters of such a model.
         ProtocolError: they are not those that the terms name.
     """
-    parameters = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    check_parameters(parameters, shapes(settings, items))
+    expected = shapes(settings, items)
+    ordered = {name: arrays[name] for name in expected if name in arrays} | dict(arrays)
+    parameters = {name: torch.from_numpy(array.copy()) for name, array in ordered.items()}
+    check_parameters(parameters, expected)
+    dimension = sum(value.numel() for value in parameters.values())
+    if terms.encoding.dimension != dimension:
+        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {dimension}.")
     offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings)
     if offer.model != terms.model:
         raise ProtocolError("Expected the model to be the one that the round was agreed on.")

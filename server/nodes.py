@@ -15,6 +15,7 @@ _POLL_SECONDS = 1.0
 _SETTLED_SECONDS = 5.0
 _PATIENCE_SECONDS = 60.0
 """How long to wait for the next device to appear."""
+_REASON = 300  # characters of a device's words that are kept
 
 
 @dataclass
@@ -127,5 +128,5 @@ def checked(reply: Message) -> Message:
     """The reply, unless it is an error. Raises :class:`ProtocolError` with the last line of its reason."""
     if reply.has_error():
         lines = [line.strip() for line in str(reply.error.reason).splitlines() if line.strip()]
-        raise ProtocolError(lines[-1] if lines else "A device failed and gave no reason.")
+        raise ProtocolError(lines[-1][:_REASON] if lines else "A device failed and gave no reason.")
     return reply

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from common.errors import AggregationError, ProtocolError
-from common.messages import Action, advertisement_of, body_of, content_of
+from common.messages import Action, advertisement_of, body_of, content_of, model_bytes
 from common.offer import Offer
 from common.secagg.advertisement import Advertisement
 from common.secagg.aggregate import Aggregate
@@ -99,7 +99,7 @@ class SecureSum:
             lambda device, reply: self._take_advertisement(device, body_of(reply)),
             traffic,
         )
-        return [self._stock.pop(device) for device in members if device in self._stock]
+        return [self._stock.pop(device) for device in sorted(members) if device in self._stock]
 
     def _take_advertisement(self, device: int, content: bytes) -> None:
         """Put a device's keys in stock. Raises :class:`ProtocolError`, also where they are another device's."""
@@ -123,12 +123,12 @@ class SecureSum:
         aggregate = Aggregate(self._run, terms, roster)
         device_at = [advertisement.device for advertisement in roster]
         position_of = {device: position for position, device in enumerate(device_at)}
-        parameters = {name: value.numpy() for name, value in offer.parameters.items()}
+        model = model_bytes({name: value.numpy() for name, value in offer.parameters.items()})
 
         def stage(action: Action, positions: list[int], body: Body, take: Take) -> None:
-            arrays = parameters if action == "train.upload" else None
+            sent = model if action == "train.upload" else b""
             devices = [device_at[position] for position in positions]
-            contents = {device: content_of(body(position_of[device]), arrays) for device in devices}
+            contents = {device: content_of(body(position_of[device]), model=sent) for device in devices}
             self._stage(action, offer, contents, lambda device, reply: take(position_of[device], reply), traffic)
 
         def take_unmasking(position: int, reply: Message) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.errors import ProtocolError
 from common.secagg.identity import CERTIFICATE_BYTES, KEY_BYTES, SIGNATURE_BYTES, Certificate, digest, verified
-from common.secagg.keys import KEM_KEY_BYTES
+from common.secagg.keys import KEM_KEY_BYTES, is_key
 from common.secagg.wire import Reader
 
 COMMITMENT_BYTES = 32
@@ -65,6 +65,8 @@ class Advertisement:
         self.certificate.check(authority, now)
         if not verified(self.certificate.key, "advertisement", run, self.unsigned, self.signature):
             raise ProtocolError(f"Expected the keys of device {self.device} to be signed by it.", self.device)
+        if not (is_key(self.mask_key) and is_key(self.channel_key)):
+            raise ProtocolError(f"Expected the keys of device {self.device} to be points of full order.", self.device)
 
 
 def advertisement_bytes(hybrid: bool) -> int:

@@ -20,7 +20,7 @@ from common.secagg.masks import add_masks, lane
 from common.secagg.member import sign_of
 from common.secagg.merkle import Tree
 from common.secagg.packing import packed_bytes, unpack
-from common.secagg.roster import view_bytes
+from common.secagg.roster import devices_bytes, view_bytes
 from common.secagg.shamir import combine
 from common.secagg.shares import SHARE_BYTES, Kind, Parcel, commitment, inbox_bytes, read_parcels
 from common.secagg.signatures import signatures_bytes, subject
@@ -34,22 +34,23 @@ class Aggregate:
     Args:
         run: 32 bytes, which run this is.
         terms: of the attempt, with n = the number of advertisements.
-        roster: the members' advertisements, checked, each device once; their order is the positions.
+        roster: the members' advertisements, checked, by increasing device number; their order is the positions.
 
     Raises:
-        AggregationError: no (k, t) exists for the terms, or a device is in the roster twice.
+        AggregationError: no (k, t) exists for the terms, or the roster is not in order or has a device twice.
     """
 
     def __init__(self, run: bytes, terms: Terms, roster: Sequence[Advertisement]) -> None:
         devices = [advertisement.device for advertisement in roster]
-        if len(roster) != terms.n or len(set(devices)) < len(devices):
-            raise AggregationError(f"Expected a roster of n={terms.n} different devices, found {sorted(devices)}.")
+        if len(roster) != terms.n or sorted(set(devices)) != devices:
+            raise AggregationError(f"Expected a roster of n={terms.n} different devices in order, found {devices}.")
+        self._devices = devices_bytes(devices)
         self.terms = terms
         self._roster = list(roster)
         self._leaves = [advertisement.to_bytes() for advertisement in roster]
         self._tree = Tree(self._leaves)
         self._neighbours: list[list[int]] = neighbours(self._tree.root, terms.n, terms.degree.neighbours).tolist()
-        self._context = terms.context(run, self._tree.root)
+        self._context = terms.context(run, self._tree.root, self._devices)
         self._parcels: dict[int, dict[int, Parcel]] = {}
         self._total = np.zeros(terms.encoding.padded, lane(terms.encoding.bits))
         self._uploaded: set[int] = set()
@@ -60,10 +61,12 @@ class Aggregate:
 
     def view(self, position: int) -> bytes:
         """Stage 1: what a device is told of the roster."""
-        return view_bytes(self.terms, self._tree, self._leaves, position, self._neighbours[position])
+        return view_bytes(self.terms, self._devices, self._tree, self._leaves, position, self._neighbours[position])
 
     def take_shares(self, position: int, content: bytes) -> None:
         """Stage 1: a device's shares for its neighbours."""
+        if position in self._parcels:
+            raise self._blame(position, "Expected it to share once.")
         try:
             parcels = read_parcels(content, len(self._neighbours[position]), self.terms.hybrid)
         except ProtocolError as error:
@@ -89,8 +92,10 @@ class Aggregate:
         key = self._roster[position].certificate.key
         if not verified(key, "upload", self._context, hashlib.sha256(update).digest(), signature):
             raise self._blame(position, "Expected the upload to be signed by its sender.")
-        if position in self._uploaded or self._survivors:
-            raise self._blame(position, "Expected one upload of each device, before the survivors are fixed.")
+        if position in self._uploaded or position not in self._parcels or self._survivors:
+            raise self._blame(
+                position, "Expected one upload of each device that shared, before the survivors are fixed."
+            )
         residues = unpack(update, encoding.padded, encoding.bits)
         np.add(self._total, residues, out=self._total)
         self._uploaded.add(position)

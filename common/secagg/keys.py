@@ -12,10 +12,21 @@ SEED_BYTES = 32
 KEM_KEY_BYTES = 1184
 KEM_CIPHERTEXT_BYTES = 1088
 
+_ANY = X25519PrivateKey.from_private_bytes(bytes([1] * SEED_BYTES))
+
 
 def public_key(seed: bytes) -> bytes:
     """The X25519 public key of 32 secret bytes (RFC 7748)."""
     return X25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+
+
+def is_key(public: bytes) -> bool:
+    """Whether 32 bytes are an X25519 key with which secrets can be agreed on: a point that is not of low order."""
+    try:
+        _ANY.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return False
+    return True
 
 
 def mask_key(seed: bytes, other: bytes, context: bytes, one: int, two: int) -> bytes:

@@ -162,7 +162,7 @@ def share(state: Advertised, identity: Identity, view: View, now: float, random:
     for advertisement in view.advertisements:
         advertisement.check(state.run, identity.authority, now)
     terms, degree = view.terms, view.terms.degree
-    context = terms.context(state.run, view.root)
+    context = terms.context(state.run, view.root, view.devices)
     count, threshold = len(view.neighbours), degree.threshold
     secret = state.own_seed + state.mask_seed
     pairs = split(secret, count, threshold, random((threshold - 1) * len(secret)))

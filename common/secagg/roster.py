@@ -1,6 +1,7 @@
 """Stage 1, downwards: the terms, the commitment to the roster, and a device's own and its neighbours' places in it."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.errors import ProtocolError
@@ -8,7 +9,7 @@ from common.secagg.advertisement import Advertisement, advertisement_bytes
 from common.secagg.graph import neighbours_of
 from common.secagg.merkle import Tree, verify
 from common.secagg.terms import DIGEST_BYTES, Terms
-from common.secagg.wire import Reader, numbers
+from common.secagg.wire import Reader, numbers, varint
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class View:
 
     Attributes:
         terms: of the attempt.
+        devices: the numbers of all n devices, as :func:`devices_bytes` writes them.
         root: 32 bytes, of the Merkle tree over the roster's advertisements.
         position: the device's own, in [0, n).
         own: its advertisement, as it is in the roster.
@@ -25,6 +27,7 @@ class View:
     """
 
     terms: Terms
+    devices: bytes
     root: bytes
     position: int
     own: Advertisement
@@ -33,8 +36,9 @@ class View:
 
     @classmethod
     def parse(cls, content: bytes, check: Callable[[Terms], None]) -> "View":
-        """Read a view and check that it is of one roster: every place in it is proven against the root, and the
-        neighbours are those of the graph that the root determines.
+        """Read a view and check that it is of one roster: every place in it is proven against the root and is of the
+        device that is listed there, no device is listed twice, and the neighbours are those of the graph that the root
+        determines. The list is part of the context, so all devices refuse a roster in which somebody has two places.
 
         Args:
             check: raises where the terms are not acceptable, before anything of the size of n is allocated.
@@ -46,6 +50,9 @@ class View:
         reader = Reader(content, "the view of a roster")
         terms = Terms.read(reader)
         check(terms)
+        listed = [
+            gap + place for place, gap in enumerate(itertools.accumulate(reader.varint() for _ in range(terms.n)))
+        ]
         root, (position,) = reader.take(DIGEST_BYTES), reader.numbers("I")
         if position >= terms.n:
             raise ProtocolError(f"Expected position={position} < n={terms.n}.")
@@ -57,16 +64,23 @@ class View:
             if not verify(root, leaf, place, terms.n, reader.take(length * DIGEST_BYTES)):
                 raise ProtocolError(f"Expected position {place} to be proven part of the roster.")
             found.append(Advertisement.parse(leaf, terms.hybrid))
+            if found[-1].device != listed[place]:
+                raise ProtocolError(f"Expected position {place} to be of device {listed[place]}.", found[-1].device)
         reader.end()
-        devices = [advertisement.device for advertisement in found]
-        if len(set(devices)) < len(devices):
-            raise ProtocolError(f"Expected each device once among {sorted(devices)}.")
-        return cls(terms, root, position, found[0], neighbours, found[1:])
+        return cls(terms, devices_bytes(listed), root, position, found[0], neighbours, found[1:])
 
 
-def view_bytes(terms: Terms, tree: Tree, leaves: list[bytes], position: int, neighbours: list[int]) -> bytes:
+def devices_bytes(devices: Sequence[int]) -> bytes:
+    """The roster's device numbers, increasing: the first one, then how many are left out before each next one. No
+    device can be written twice."""
+    return b"".join(varint(device - before - 1) for before, device in itertools.pairwise([-1, *devices]))
+
+
+def view_bytes(
+    terms: Terms, devices: bytes, tree: Tree, leaves: list[bytes], position: int, neighbours: list[int]
+) -> bytes:
     """What :meth:`View.parse` reads."""
-    parts = [terms.to_bytes(), tree.root, numbers("I", position)]
+    parts = [terms.to_bytes(), devices, tree.root, numbers("I", position)]
     for place in [position, *neighbours]:
         proof = tree.proof(place)
         parts += [leaves[place], numbers("B", len(proof) // DIGEST_BYTES), proof]

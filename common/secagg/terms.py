@@ -15,7 +15,7 @@ from common.secagg.wire import Reader, numbers
 DIGEST_BYTES = 32
 
 _NUMBERS = "IIIddB"
-_ENCODING = "IddBdd?"
+_ENCODING = "IddBddB"
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ class Terms:
     def read(cls, reader: Reader) -> "Terms":
         """Raises :class:`ProtocolError` where they are no possible terms."""
         round_, attempt, n, corrupt, dropout, hybrid = reader.numbers(_NUMBERS)
-        values = reader.numbers(_ENCODING)
+        *values, central = reader.numbers(_ENCODING)
         try:
-            encoding = Encoding(*values)
+            encoding = Encoding(*values, bool(central))
         except PrivacyError as error:
             raise ProtocolError(str(error)) from None
-        if not (n >= 1 and 0 <= corrupt < 1 and 0 <= dropout < 1 and hybrid in (0, 1)):
+        if not (n >= 1 and 0 <= corrupt < 1 and 0 <= dropout < 1 and {hybrid, central} <= {0, 1}):
             raise ProtocolError(f"Expected a roster of n={n} ≥ 1 with γ={corrupt}, δ={dropout} in [0, 1).")
+        if encoding.squared_bound < 1:
+            raise ProtocolError(f"Expected a scale={encoding.scale} at which an update is not 0.")
         return cls(round_, attempt, n, corrupt, dropout, bool(hybrid), encoding, reader.take(DIGEST_BYTES))
 
     @classmethod
@@ -75,6 +77,6 @@ class Terms:
         reader.end()
         return terms
 
-    def context(self, run: bytes, root: bytes) -> bytes:
-        """32 bytes for this attempt: of the run, the terms and the root of the roster's Merkle tree."""
-        return digest("context", run, self.to_bytes(), root)
+    def context(self, run: bytes, root: bytes, devices: bytes) -> bytes:
+        """32 bytes for this attempt: of the run, the terms, the root of the roster's Merkle tree and who is in it."""
+        return digest("context", run, self.to_bytes(), root, devices)

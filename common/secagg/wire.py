@@ -34,6 +34,16 @@ class Reader:
         """The next numbers, in a form of :mod:`struct`, little-endian."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))
 
+    def varint(self) -> int:
+        """The next number below 2^35, 7 bits in a byte, the lowest first (LEB128)."""
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise ProtocolError(f"Expected the numbers of {self._what} to have at most 5 bytes each.")
+
     def flags(self, count: int) -> list[bool]:
         """The next `count` bits; those that fill the last byte must be 0."""
         content = self.take((count + 7) // 8)
@@ -50,6 +60,16 @@ class Reader:
 def numbers(form: str, *values: Any) -> bytes:
     """The bytes that :meth:`Reader.numbers` reads."""
     return struct.pack(f"<{form}", *values)
+
+
+def varint(value: int) -> bytes:
+    """The bytes that :meth:`Reader.varint` reads."""
+    content = bytearray()
+    while value >= 0x80:
+        content.append(value & 0x7F | 0x80)
+        value >>= 7
+    content.append(value)
+    return bytes(content)
 
 
 def flags(values: list[bool]) -> bytes:

@@ -203,7 +203,8 @@ class _Attempt:
         return advertised
 
     def _share(self, advertised: list[Advertised]) -> dict[int, Shared]:
-        root = View.parse(self._aggregate.view(0), _accept).root
+        first = View.parse(self._aggregate.view(0), _accept)
+        root, devices = first.root, first.devices
         graph = neighbours(root, self.terms.n, self.terms.degree.neighbours).tolist()
         checked = [_Checked.parse(state.message, self.terms.hybrid) for state in advertised]
         shared = {}
@@ -211,7 +212,7 @@ class _Attempt:
             with self.server("roster"):
                 content = self._aggregate.view(position)
             theirs = [checked[place] for place in graph[position]]
-            view = View(self.terms, root, position, checked[position], graph[position], theirs)
+            view = View(self.terms, devices, root, position, checked[position], graph[position], theirs)
             with self._timed(position, "share"):
                 if position in self.sample:
                     view = View.parse(content, _accept)

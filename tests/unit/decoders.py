@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from protocol import NOW, RUN, Play, identity_of, terms_of
 
 from client.guard import Policy
 from client.secure_upload import SecureUpload
 from common.errors import Refusal
-from common.messages import advertisement_of, arrays_of, body_of, content_of
+from common.messages import advertisement_of, body_of, content_of, model_bytes, model_of
 from common.privacy.encoding import WIDTHS
 from common.secagg import member
 from common.secagg.advertisement import Advertisement
@@ -190,9 +190,8 @@ def flags_in(content: bytes) -> list[bool]:
     return found
 
 
-def _array(content: bytes) -> dict[str, np.ndarray]:
-    array = Array("float32", (3,), "numpy.ndarray", content)
-    return arrays_of(message_with(RecordDict({"parameters": ArrayRecord({"a": array})})))
+def _model(content: bytes) -> dict[str, np.ndarray]:
+    return model_of(message_with(content_of(b"body", model=content)))
 
 
 _rehearsal = rehearse(Phone())
@@ -231,7 +230,7 @@ DECODERS: list[tuple[str, Decoder]] = [
     ("member.unmask", lambda content: member.unmask(_play.agreed[_OTHER], content)),
     ("body_of", lambda content: body_of(message_with(content_of(content)))),
     ("advertisement_of", lambda content: advertisement_of(message_with(content_of(b"", advertisement=content)))),
-    ("arrays_of", _array),
+    ("model_of", _model),
     ("SecureUpload.share", partial(_answer, "share")),
     ("SecureUpload.upload", partial(_answer, "upload")),
     ("SecureUpload.agree", partial(_answer, "agree")),
@@ -261,6 +260,6 @@ VALID: dict[str, bytes] = {
     "member.unmask": _play.aggregate.signatures(_OTHER),
     "body_of": b"body",
     "advertisement_of": b"advertisement",
-    "arrays_of": Array(np.arange(3, dtype=np.float32)).data,
+    "model_of": model_bytes({"a": np.arange(3, dtype=np.float32)}),
     **{f"SecureUpload.{stage}": request for stage, request in _rehearsal.requests.items()},
 }

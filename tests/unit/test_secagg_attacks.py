@@ -33,7 +33,7 @@ from common.secagg.masks import add_masks, in_lanes
 from common.secagg.member import Shared, sign_of
 from common.secagg.merkle import Tree
 from common.secagg.packing import unpack
-from common.secagg.roster import View, view_bytes
+from common.secagg.roster import View, devices_bytes, view_bytes
 from common.secagg.shamir import combine
 from common.secagg.shares import inbox_bytes, read_inbox, read_parcels, split_pair
 from common.secagg.signatures import signatures_bytes, subject
@@ -69,7 +69,7 @@ def view_of(terms: Terms, leaves: Sequence[bytes], position: int) -> bytes:
     """What a server tells a position of a roster of any leaves."""
     tree = Tree(leaves)
     neighbours = neighbours_of(tree.root, terms.n, terms.degree.neighbours, position).tolist()
-    return view_bytes(terms, tree, list(leaves), position, neighbours)
+    return view_bytes(terms, devices_bytes(range(terms.n)), tree, list(leaves), position, neighbours)
 
 
 def join(play: Play, position: int, view: bytes, now: float = NOW) -> Shared:
@@ -404,14 +404,14 @@ def test_a_certificate_of_another_authority_is_refused() -> None:
         join(play, VICTIM, view)
 
 
-@pytest.mark.parametrize("field", ["device", "key", "expires"])
+@pytest.mark.parametrize("field", ["key", "expires"])
 def test_a_changed_certificate_is_refused(field: str) -> None:
     play = meet(10)
-    change = {"device": 77, "key": identity_of(5).certificate.key, "expires": 3_000}[field]
+    change = {"key": identity_of(5).certificate.key, "expires": 3_000}[field]
     changed = replace(advertisement(play).certificate, **{field: change})  # type: ignore[arg-type]
     signer = 5 if field == "key" else CULPRIT
     leaf = resigned(advertisement(play, certificate=changed), device=signer)
-    with blames(77 if field == "device" else CULPRIT, "to be of the authority"):
+    with blames(CULPRIT, "to be of the authority"):
         join(play, VICTIM, view_of(play.terms, forge(play, leaf), VICTIM))
 
 
@@ -426,7 +426,7 @@ def test_an_expired_certificate_is_refused() -> None:
 def test_a_proof_for_another_position_is_refused() -> None:
     play = meet(10)
     leaves, tree = leaves_of(play), Tree(leaves_of(play))
-    head = play.terms.to_bytes() + tree.root + struct.pack("<I", VICTIM)
+    head = play.terms.to_bytes() + devices_bytes(range(10)) + tree.root + struct.pack("<I", VICTIM)
 
     def entry(place: int, leaf: int) -> bytes:
         proof = tree.proof(place)
@@ -442,10 +442,17 @@ def test_a_proof_for_another_position_is_refused() -> None:
         join(play, VICTIM, moved)
 
 
+def test_a_device_at_another_ones_place_is_refused() -> None:
+    play = meet(10)
+    made = replace(advertisement(play).certificate, device=77)
+    with blames(77, f"position {CULPRIT} to be of device {CULPRIT}"):
+        join(play, VICTIM, view_of(play.terms, forge(play, resigned(advertisement(play, certificate=made))), VICTIM))
+
+
 def test_a_view_of_another_root_is_refused() -> None:
     play = meet(10)
     view = bytearray(view_of(play.terms, leaves_of(play), VICTIM))
-    view[TERMS_BYTES] ^= 1
+    view[TERMS_BYTES + 10] ^= 1
     with pytest.raises(ProtocolError, match=f"position {VICTIM} to be proven part of the roster"):
         join(play, VICTIM, bytes(view))
 
@@ -454,7 +461,7 @@ def test_a_view_of_another_root_is_refused() -> None:
 def test_a_position_outside_the_roster_is_refused(position: int) -> None:
     play = meet(10)
     view = bytearray(view_of(play.terms, leaves_of(play), VICTIM))
-    view[TERMS_BYTES + 32 : TERMS_BYTES + 36] = struct.pack("<I", position)
+    view[TERMS_BYTES + 10 + 32 : TERMS_BYTES + 10 + 36] = struct.pack("<I", position)
     with pytest.raises(ProtocolError, match=f"position={position} < n=10"):
         join(play, VICTIM, bytes(view))
 
@@ -469,11 +476,12 @@ def test_neighbours_of_the_servers_choice_are_refused() -> None:
     play = meet(100)
     tree, leaves = Tree(leaves_of(play)), leaves_of(play)
     drawn = neighbours_of(tree.root, 100, play.terms.degree.neighbours, VICTIM).tolist()
-    assert View.parse(view_bytes(play.terms, tree, leaves, VICTIM, drawn), anything).neighbours == drawn
+    listed = devices_bytes(range(100))
+    assert View.parse(view_bytes(play.terms, listed, tree, leaves, VICTIM, drawn), anything).neighbours == drawn
     stranger = next(place for place in range(100) if place not in drawn and place != VICTIM)
     chosen = sorted([stranger, *drawn[1:]])
     with pytest.raises(ProtocolError, match="to be proven part of the roster"):
-        View.parse(view_bytes(play.terms, tree, leaves, VICTIM, chosen), anything)
+        View.parse(view_bytes(play.terms, listed, tree, leaves, VICTIM, chosen), anything)
 
 
 # --- Devices that are in the roster twice -----------------------------------------------------------------------------
@@ -489,19 +497,29 @@ def test_a_server_refuses_a_roster_that_holds_a_device_twice() -> None:
 @pytest.mark.parametrize("twin", [VICTIM, 5])
 def test_a_device_refuses_a_roster_that_shows_it_a_device_twice(twin: int) -> None:
     play = meet(10)
-    with pytest.raises(ProtocolError, match="Expected each device once"):
+    with pytest.raises(ProtocolError, match=f"Expected position {CULPRIT} to be of device {CULPRIT}"):
         join(play, VICTIM, view_of(play.terms, forge(play, leaves_of(play)[twin]), VICTIM))
 
 
-def test_no_device_joins_a_roster_that_holds_a_device_twice() -> None:
-    """In a sparse graph twins may be out of each other's neighbours' sight; each counts as one device of n."""
+def test_no_neighbour_of_a_device_that_is_in_the_roster_twice_joins() -> None:
+    """All devices have the same list of different ones, so that whoever sees a place of another one refuses it."""
     play = meet(100)
     joined = []
     for position in set(range(100)) - {VICTIM, CULPRIT}:
         with suppress(ProtocolError):
             View.parse(view_of(play.terms, forge(play, leaves_of(play)[VICTIM]), position), anything)
             joined.append(position)
-    assert not joined, f"{len(joined)} of 98 joined"
+    tree = Tree(forge(play, leaves_of(play)[VICTIM]))
+    twin = neighbours_of(tree.root, 100, play.terms.degree.neighbours, CULPRIT)
+    assert not set(joined) & set(twin.tolist())
+    assert len(joined) < play.terms.least_survivors
+
+
+def test_devices_that_were_told_different_rosters_do_not_open_each_others_shares() -> None:
+    play = meet(10)
+    tree = Tree(leaves_of(play))
+    contexts = {play.terms.context(RUN, tree.root, devices_bytes(devices)) for devices in (range(10), [*range(9), 10])}
+    assert len(contexts) == 2
 
 
 # --- Points of low order ----------------------------------------------------------------------------------------------

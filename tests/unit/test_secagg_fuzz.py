@@ -1,6 +1,6 @@
 """Every reader of another party's bytes: a value or a FedtopkError, in little memory, and nothing else."""
 
-import io
+import json
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import FedtopkError, ProtocolError
-from common.messages import advertisement_of, arrays_of, body_of, content_of
+from common.messages import advertisement_of, body_of, content_of, model_bytes, model_of
 from common.privacy.encoding import Encoding
 from common.secagg.advertisement import Advertisement, advertisement_bytes
 from common.secagg.packing import pack, packed_bytes, unpack
@@ -213,53 +213,44 @@ def test_a_long_message_is_not_copied_to_be_refused(name: str) -> None:
 # Messages of other shapes than ours.
 
 
-def npy(header: str, data: bytes = b"") -> bytes:
-    """An .npy file with any header."""
-    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + data
+def safetensors(header: object, data: bytes = b"") -> bytes:
+    """A file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
 
 
-def npy_of(shape: str, dtype: str = "<f4") -> bytes:
-    return npy(f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n", bytes(12))
+def tensor_of(shape: list[int], dtype: str = "F32", end: int = 12) -> bytes:
+    return safetensors({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}, bytes(12))
 
 
-def npz() -> bytes:
-    content = io.BytesIO()
-    np.savez(content, a=np.zeros(3))
-    return content.getvalue()
-
-
-ARRAYS = {
+MODELS = {
     "nothing": b"",
-    "a truncated magic": b"\x93NUM",
-    "an archive": npz(),
-    "a broken archive": b"PK\3\4 and no more",
+    "a truncated length": b"\1\0",
+    "a header that is not there": struct.pack("<Q", 100),
+    "a header beyond memory": struct.pack("<Q", 2**62),
+    "an archive": b"PK\3\4 and no more",
     "a pickle": b"\x80\4N.",
-    "objects": npy_of("(3,)", "|O"),
-    "an open bracket": npy("{'descr': ("),
-    "an open string": npy("'''"),
-    "indentation": npy("  a\n b"),
-    "deep brackets": npy("(" * 3000),
-    "a negative size": npy_of("(-3,)"),
-    "a size beyond 64 bits": npy_of(f"({10**30},)"),
-    "a size that overflows": npy_of("(4294967296, 4294967296)"),
-    "a size beyond memory": npy_of(f"({10**15},)"),
-    "a large size": npy_of("(268435456,)"),
-    "no bytes a number": npy_of("(1000000,)", "|V0"),
-    "mixed keys": npy("{'descr': '<f4', 1: 2}\n"),
+    "no JSON": safetensors(b"{'a': ("),
+    "a list": safetensors([1, 2]),
+    "deep brackets": safetensors(b"[" * 3000),
+    "an unknown type": tensor_of([3], "OBJECT"),
+    "a type that numpy does not know": tensor_of([6], "BF16"),
+    "a negative size": tensor_of([-3]),
+    "a size beyond 64 bits": tensor_of([10**30]),
+    "a size that overflows": tensor_of([2**32, 2**32]),
+    "a size beyond memory": tensor_of([10**12], end=4 * 10**12),
+    "another size than its data": tensor_of([2]),
+    "data that is too long": tensor_of([3]) + bytes(9),
 }
 
 
-@pytest.mark.parametrize("name", list(ARRAYS))
-def test_odd_arrays_are_refused_in_little_memory(name: str) -> None:
-    """An array that is returned is one, of the bytes that came."""
-    array = Array("float32", (3,), "numpy.ndarray", ARRAYS[name])
-    message = message_with(RecordDict({"parameters": ArrayRecord({"a": array})}))
+@pytest.mark.parametrize("name", list(MODELS))
+def test_odd_models_are_refused_in_little_memory(name: str) -> None:
+    message = message_with(content_of(b"body", model=MODELS[name]))
     tracemalloc.start()
     try:
-        found = arrays_of(message)["a"]
-        assert isinstance(found, np.ndarray) and found.nbytes <= len(ARRAYS[name])
-    except ProtocolError:
-        pass
+        with pytest.raises(ProtocolError, match="to be safetensors"):
+            model_of(message)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -285,12 +276,12 @@ contents = st.dictionaries(names, configs | metrics | array_records, max_size=3)
 @given(contents)
 def test_messages_of_any_shape_are_read_or_refused(content: RecordDict) -> None:
     message = message_with(content)
-    for read, kind in ((body_of, bytes), (advertisement_of, bytes), (arrays_of, dict)):
+    for read, kind in ((body_of, bytes), (advertisement_of, bytes), (model_of, dict)):
         with suppress(ProtocolError):
             assert isinstance(read(message), kind)
 
 
-@pytest.mark.parametrize("read", [body_of, advertisement_of, arrays_of])
+@pytest.mark.parametrize("read", [body_of, advertisement_of, model_of])
 def test_a_message_that_is_an_error_has_no_content(read: Callable[[Message], object]) -> None:
     error = Message(Error(1, "no"), reply_to=message_with(RecordDict()))
     with pytest.raises(ProtocolError):
@@ -300,9 +291,9 @@ def test_a_message_that_is_an_error_has_no_content(read: Callable[[Message], obj
 @shorter_run
 @given(st.binary(max_size=50), st.binary(max_size=50))
 def test_bodies_are_read_as_they_were_written(body: bytes, advertisement: bytes) -> None:
-    message = message_with(content_of(body, {"a": np.arange(3)}, advertisement))
+    message = message_with(content_of(body, model=model_bytes({"a": np.arange(3)}), advertisement=advertisement))
     assert (body_of(message), advertisement_of(message)) == (body, advertisement)
-    assert np.array_equal(arrays_of(message)["a"], np.arange(3))
+    assert np.array_equal(model_of(message)["a"], np.arange(3))
 
 
 def test_an_advertisement_has_the_length_that_a_view_reserves_for_it() -> None:
