@@ -15,7 +15,7 @@ from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
 from common.secagg.terms import Terms
 from common.settings import Settings
-from common.softmax import Candidates, InBatch, draw_negatives, log_uniform
+from common.softmax import Candidates, InBatch, draw_negatives, log_uniform, take_turns
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,18 @@ def candidates_of(settings: Settings, parameters: Parameters, round_: int) -> Ca
     if objective.softmax == "full":
         return None
     items, source = items_in(parameters), objective.negatives_from
+    contrast, seed = objective.softmax == "nce", settings.training.seed
+    if source == "uniform":
+        return take_turns(items, objective.negatives, round_, seed, contrast)
     if source == "log-uniform":
         probability = log_uniform(items)
-    elif source == "uniform":
-        probability = np.full(items, 1 / items)
     else:
         log_q = torch.log_softmax(parameters[HEADS["frequency"]].detach().squeeze(-1), 0)
         if source == "in-batch":
             return InBatch(log_q)
         probability = log_q.double().exp().numpy()
-    generator = np.random.default_rng([_NEGATIVES, settings.training.seed, round_])
-    return draw_negatives(probability, objective.negatives, generator, contrast=objective.softmax == "nce")
+    generator = np.random.default_rng([_NEGATIVES, seed, round_])
+    return draw_negatives(probability, objective.negatives, generator, contrast)
 
 
 _NEGATIVES = 0x6E6567

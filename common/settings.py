@@ -124,10 +124,10 @@ class ObjectiveSettings(_Section):
     softmax: Literal["full", "sampled", "nce"] = "sampled"
     """How log π and log β are normalised: over all items, over sampled ones, or learned (noise contrast)."""
     negatives: int = Field(1024, ge=1)
-    """Shared negatives a round, drawn with replacement, for all but the full softmax."""
+    """Shared negatives a round, for all but the full softmax."""
     negatives_from: Literal["log-uniform", "uniform", "popularity", "in-batch"] = "log-uniform"
-    """What they are drawn from: rank by frequency, all items alike, the learned frequencies, or the device's own other
-    items."""
+    """What they are drawn from: rank by frequency, all items in turns, the learned frequencies, or the device's own
+    other items."""
 
     @property
     def corrected(self) -> bool:

@@ -107,9 +107,29 @@ def draw_negatives(
     probability: np.ndarray, draws: int, generator: np.random.Generator, contrast: bool = False
 ) -> Negatives:
     """Draw `draws` items with replacement by their (A,) probabilities and merge the repeated ones."""
-    items = len(probability)
     drawn = np.searchsorted(np.cumsum(probability), generator.random(draws), side="right")
-    ids, counts = np.unique(np.minimum(drawn, items - 1), return_counts=True)
+    return _negatives(np.minimum(drawn, len(probability) - 1), probability, contrast)
+
+
+def take_turns(items: int, draws: int, round_: int, seed: int, contrast: bool = False) -> Negatives:
+    """The `draws` negatives of a round, from 1, when every item has its turn before any has another one.
+
+    Rounds cut a sequence of random permutations of the A items into pieces. In each round every item is expected
+    draws/A times, as when drawn uniformly, so that nothing changes in expectation; but what one round leaves out the
+    next ones bring, and the error of several rounds falls much faster than that of independent draws.
+    """
+    places = np.arange((round_ - 1) * draws, round_ * draws)
+    passes, within = np.divmod(places, items)
+    permutations = {
+        int(turn): np.random.default_rng([seed, int(turn)]).permutation(items) for turn in np.unique(passes)
+    }
+    drawn = np.concatenate([permutations[turn][within[passes == turn]] for turn in permutations])
+    return _negatives(drawn, np.full(items, 1 / items), contrast)
+
+
+def _negatives(drawn: np.ndarray, probability: np.ndarray, contrast: bool) -> Negatives:
+    items, draws = len(probability), len(drawn)
+    ids, counts = np.unique(drawn, return_counts=True)
     column = np.full(items, -1, dtype=np.int64)
     column[ids] = np.arange(len(ids))
     log_expected = np.log(draws * probability)

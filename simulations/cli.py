@@ -162,7 +162,7 @@ def closed_loop(
     source: Annotated[
         str, typer.Option("--source", help="movielens-small or synthetic: what the world is fitted to.")
     ] = ("movielens-small"),
-    users: Annotated[int, typer.Option("--users", min=1, help="Simulated devices.")] = 40_000,
+    users: Annotated[int, typer.Option("--users", min=1, help="Simulated devices.")] = 160_000,
     items: Annotated[int, typer.Option("--items", min=1, help="Items of the catalogue.")] = 2_000,
     events: Annotated[int, typer.Option("--events", min=1, help="Logged events of a device.")] = 40,
     generations: Annotated[int, typer.Option("--generations", min=1, help="Times to train, deploy and log.")] = 1,

@@ -36,7 +36,7 @@ LEARNERS: dict[str, list[str]] = {
         "objective.critic=baseline",
         "objective.self_normalised=false",
         "objective.weight_cap=100",
-        "objective.warmup_rounds=200",
+        "objective.warmup_rounds=430",
     ],
 }
 """What each learner changes of the settings."""
@@ -49,9 +49,9 @@ BASE = [
     "privacy.mechanism=none",
     "privacy.clip_norm=inf",
     "training.schedule=cosine",
-    "training.learning_rate=0.015",
-    "training.rounds=300",
-    "training.cohort_rate=0.0075",
+    "training.learning_rate=0.03",
+    "training.rounds=500",
+    "training.cohort_rate=0.001875",
     "model.input_width=16",
     "model.state_width=32",
     "objective.negatives_from=uniform",
@@ -79,12 +79,12 @@ class Setup:
     """
 
     source: str = "movielens-small"
-    users: int = 40_000
+    users: int = 160_000
     items: int = 2_000
     events: int = 40
     slate_size: int = 10
     generations: int = 1
-    factors: int = 8
+    factors: int = 4
     personal_share: float = 0.9
     base_rate: float = 0.15
     scale: float = 2.0

@@ -58,9 +58,9 @@ class Terms:
     def read(cls, reader: Reader) -> "Terms":
         """Raises :class:`ProtocolError` where they are no possible terms."""
         round_, attempt, n, corrupt, dropout, hybrid = reader.numbers(_NUMBERS)
-        *values, central = reader.numbers(_ENCODING)
+        dimension, clip, scale, bits, variance, honest, central = reader.numbers(_ENCODING)
         try:
-            encoding = Encoding(*values, bool(central))
+            encoding = Encoding(dimension, clip, scale, bits, variance, honest, bool(central))
         except PrivacyError as error:
             raise ProtocolError(str(error)) from None
         if not (n >= 1 and 0 <= corrupt < 1 and 0 <= dropout < 1 and {hybrid, central} <= {0, 1}):

@@ -11,7 +11,16 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from common.ghost import Tape
-from common.softmax import Candidates, InBatch, ItemLikelihood, Negatives, draw_negatives, likelihood, log_uniform
+from common.softmax import (
+    Candidates,
+    InBatch,
+    ItemLikelihood,
+    Negatives,
+    draw_negatives,
+    likelihood,
+    log_uniform,
+    take_turns,
+)
 
 ITEMS, USERS, STEPS, WIDTH = 40, 3, 5, 4
 CHANCE = 1e-3
@@ -267,3 +276,28 @@ def test_expected_value_by_samples_tends_to_the_full_one() -> None:
         found = [evaluate(weight, queries, items, n).expected_value(3, own, values[..., n.ids]) for n in rounds]
         errors.append((torch.stack(found) - truth).abs().mean())
     assert errors[1] < errors[0] / 5
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 70), st.integers(0, 9), st.integers(1, 5))
+def test_every_item_has_its_turn_before_any_has_another(items: int, draws: int, seed: int, first: int) -> None:
+    seen = np.zeros(items, int)
+    for round_ in range(1, 1 + items):  # items · draws places: every item `draws` times
+        negatives = take_turns(items, draws, round_, seed)
+        counts = np.rint(np.exp(negatives.log_weights.numpy().astype(float)) * draws / items).astype(int)
+        assert counts.sum() == draws and counts.min() > 0
+        seen[negatives.ids.numpy()] += counts
+        assert seen.max() - seen.min() <= 1
+    assert (seen == draws).all()
+
+
+def test_turns_of_all_items_add_up_to_the_partition_function() -> None:
+    """Over one pass the mean of Σ exp(logit)/(mQ) is Z itself, not only in expectation."""
+    items, draws = 60, 12
+    logits = np.random.default_rng(0).normal(size=items)
+    sums = []
+    for round_ in range(1, 1 + items // draws):
+        negatives = take_turns(items, draws, round_, seed=4)
+        sums.append(np.exp(logits[negatives.ids.numpy()] + negatives.log_weights.numpy()).sum())
+    assert np.std(sums) > 0
+    assert np.mean(sums) == pytest.approx(np.exp(logits).sum(), rel=1e-6)
