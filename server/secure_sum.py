@@ -90,7 +90,6 @@ class SecureSum:
 
     def _roster(self, offer: Offer, members: list[int], traffic: Traffic) -> list[Advertisement]:
         """The members' advertisements, each used once: those in stock, and those of members that are asked for one."""
-
         missing = {device: RecordDict() for device in members if device not in self._stock}
         self._stage(
             "query.advertise",
@@ -139,6 +138,11 @@ class SecureSum:
             return lambda position, reply: take(position, body_of(reply))
 
         stage("query.share", list(range(terms.n)), aggregate.view, bodies(aggregate.take_shares))
+        if len(aggregate.sharers) < terms.least_survivors:  # before anybody is charged for an upload
+            raise AggregationError(
+                f"Expected {len(aggregate.sharers)} of {terms.n} devices to be at least {terms.least_survivors} that "
+                "shared; nothing was uploaded."
+            )
         stage("train.upload", aggregate.sharers, aggregate.inbox, bodies(aggregate.take_upload))
         survivors = aggregate.fix_survivors()
         stage("query.agree", aggregate.survivors, lambda position: survivors, bodies(aggregate.take_agreement))

@@ -16,6 +16,7 @@ from rich.table import Table
 from common.console import Format, answer, stderr
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
+from server.cli import authority_app
 from simulations.bench.commands import bench_app
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(authority_app, name="authority")
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]

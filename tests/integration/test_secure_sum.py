@@ -167,6 +167,13 @@ def test_a_failed_attempt_is_followed_by_one_with_fresh_keys(encoded: dict[tuple
     assert total.survivors == N and np.isfinite(total.total).all()
 
 
+def test_nothing_is_uploaded_where_too_few_share() -> None:
+    cohort, grid, _ = secure(lambda kind, node: kind == "query.share" and node < 3)
+    with pytest.raises(AggregationError, match="nothing was uploaded"):
+        cohort.sum_updates(offer_of(), np.arange(N))
+    assert "train.upload" not in {kind for kind, _ in grid.seen}
+
+
 def test_without_members_noise_alone_is_released() -> None:
     cohort, grid, _ = secure(lambda kind, node: False)
     before = len(grid.seen)

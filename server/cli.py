@@ -1,0 +1,114 @@
+"""`fedtopk authority`: the enrolment authority's commands."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from common.console import Format, answer
+from common.errors import RunError
+
+authority_app = typer.Typer(help="The enrolment authority: who is a device.", no_args_is_help=True)
+
+_DAY = 24 * 3600
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
+PassphraseOption = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="File whose first line protects the authority's key.")
+]
+
+
+@authority_app.command()
+def init(folder: FolderArgument, passphrase: PassphraseOption = None, format: FormatOption = "text") -> None:
+    """Make a new authority. Keep its folder away from the aggregator."""
+    from server.authority import KEY, PUBLIC, Authority
+
+    Authority.create(folder, _passphrase(passphrase))
+    found = {"key": str(folder / KEY), "public_key": (folder / PUBLIC).read_text(encoding="utf-8").strip()}
+    answer(format, found, lambda: f"Devices and the server pin this public key: {found['public_key']}")
+
+
+@authority_app.command()
+def enrol(
+    folder: FolderArgument,
+    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="What `fedtopk device init` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="File for the enrolment.")],
+    name: Annotated[str, typer.Option("--name", help="What to call the device in the register.")] = "",
+    days: Annotated[int, typer.Option("--days", min=1, help="How long it is valid.")] = 365,
+    device: Annotated[int | None, typer.Option("--device", min=0, help="Its number; by default the next one.")] = None,
+    passphrase: PassphraseOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Enrol a device: certify its keys under a number that no other one has."""
+    from common.enrolment import Request
+    from common.secagg.identity import Certificate
+    from common.secagg.wire import Reader
+    from server.authority import Authority
+    from server.durable import replacing
+
+    authority, now = Authority(folder, _passphrase(passphrase)), int(time.time())
+    enrolment = authority.enrol(Request.parse(_read(request)), now + days * _DAY, now, name=name, device=device)
+    with replacing(out) as file:
+        file.write_text(enrolment.to_json(), encoding="utf-8")
+    certificate = Certificate.read(Reader(bytes.fromhex(enrolment.certificate), "a certificate"))
+    found = {"device": certificate.device, "expires": certificate.expires, "enrolment": str(out)}
+    answer(format, found, lambda: f"Device {found['device']} is enrolled for {days} days; give it {out}.")
+
+
+@authority_app.command()
+def revoke(
+    folder: FolderArgument,
+    device: Annotated[int, typer.Argument(metavar="DEVICE", help="Its number.")],
+    passphrase: PassphraseOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Revoke a device for good, and sign the new list of revoked ones."""
+    from server.authority import REVOKED, Authority
+
+    revocations = Authority(folder, _passphrase(passphrase)).revoke(device, int(time.time()))
+    found = {"number": revocations.number, "devices": revocations.devices, "list": str(folder / REVOKED)}
+    answer(format, found, lambda: f"{len(revocations.devices)} devices are revoked; give everybody {folder / REVOKED}.")
+
+
+@authority_app.command("list")
+def list_(folder: FolderArgument, format: FormatOption = "text") -> None:
+    """List all devices that were ever enrolled."""
+    from server.authority import read_register
+
+    now = time.time()
+    entries = [asdict(entry) | {"status": _status(asdict(entry), now)} for entry in read_register(folder)]
+    answer(format, entries, lambda: _table(entries))
+
+
+def _status(entry: dict[str, Any], now: float) -> str:
+    if entry["revoked"] is not None:
+        return "revoked"
+    return "expired" if now > entry["expires"] else "enrolled"
+
+
+def _table(entries: list[dict[str, Any]]) -> Table:
+    table = Table("device", "name", "status", "enrolled", "expires")
+    for entry in entries:
+        days = (time.strftime("%Y-%m-%d", time.gmtime(entry[name])) for name in ("enrolled", "expires"))
+        table.add_row(str(entry["device"]), entry["name"], entry["status"], *days)
+    return table
+
+
+def _passphrase(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    lines = _read(path).splitlines()
+    if not lines or not lines[0]:
+        raise RunError(f"Expected {path} to hold a passphrase in its first line.")
+    return lines[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"Expected {path} to be a readable text file: {error}.") from None
