@@ -76,7 +76,7 @@ class KeyFile:
             sync_folder(self.path.parent)
         except FileExistsError:
             raise RunError(
-                f"Expected {self.path} not to exist yet: a key file belongs to one store. Delete it if no store uses it."
+                f"Expected {self.path} not to exist: a key file belongs to one store. Delete it if no store uses it."
             ) from None
         except OSError as error:
             raise RunError(f"Expected {self.path} to be writable: {error.strerror}.") from None
@@ -102,13 +102,12 @@ class KeyFile:
     def destroy(self, description: Description) -> bool:
         try:
             with self.path.open("rb") as file:
-                ours = file.read(len(_HEADER)) == _HEADER
+                if file.read(len(_HEADER)) != _HEADER:  # the word of a store is not enough to destroy a file
+                    return False
         except FileNotFoundError:
             return False
         except OSError as error:
             raise RunError(f"Expected {self.path} to be a readable key file: {error.strerror}.") from None
-        if not ours:  # the store's word for the path is not enough to destroy a file
-            raise RunError(f"Expected {self.path} to be a key file of a device's store; it was left as it is.")
         erase(self.path)
         return True
 
@@ -238,7 +237,7 @@ def _canonical(description: Description) -> bytes:
 def _parse(record: bytes) -> tuple[Description, bytes]:
     checksum, content = record[:32], record[32:]
     if hashlib.sha256(content).digest() != checksum:
-        raise DataError("the record of its key does not match its checksum")
+        raise DataError("Expected the key record of a store to match its checksum.")
     description: Description = json.loads(content)
     return description, bytes.fromhex(str(description.pop("wrapped")))
 

@@ -20,6 +20,8 @@ COMPARISONS = [
     ("top-k", "reinforce"),
     ("off-policy", "cross-entropy"),
     ("reinforce", "cross-entropy"),
+    ("off-policy", "best non-personal"),
+    ("reinforce", "best non-personal"),
     ("top-k", "best non-personal"),
     ("top-k on the critic", "direct"),
     ("top-k on the critic", "top-k"),

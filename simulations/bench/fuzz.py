@@ -8,6 +8,7 @@ than a second for one input, or memory beyond :data:`_MEMORY`.
 Needs the extra: pip install 'fedtopk[dev]'.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -131,6 +132,7 @@ def _fuzz_one(target: "Target", count: int, seed: int, place: Path) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     limits = [f"-atheris_runs={count}", f"-timeout={_SECONDS}", "-len_control=0", f"-seed={seed + 1}"]
     words = ["fuzz", *limits, f"-artifact_prefix={place}/found-", str(place / "corpus")]
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # libFuzzer's own, which would kill the ending interpreter
     atheris.Setup(words, read, custom_mutator=mutate)
     atheris.Fuzz()
     sys.exit("Expected libFuzzer to end the process.")
