@@ -13,6 +13,7 @@ import click
 import typer
 from rich.table import Table
 
+from client.cli import device_app
 from common.console import Format, answer, stderr
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
@@ -34,6 +35,7 @@ data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(authority_app, name="authority")
+app.add_typer(device_app, name="device")
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]
