@@ -20,7 +20,7 @@ from common.secagg.masks import add_masks, lane
 from common.secagg.member import sign_of
 from common.secagg.merkle import Tree
 from common.secagg.packing import packed_bytes, unpack
-from common.secagg.roster import devices_bytes, view_bytes
+from common.secagg.roster import devices_bytes, place_bytes, view_bytes
 from common.secagg.shamir import combine
 from common.secagg.shares import SHARE_BYTES, Kind, Parcel, commitment, inbox_bytes, read_parcels
 from common.secagg.signatures import signatures_bytes, subject
@@ -47,21 +47,26 @@ class Aggregate:
         self._devices = devices_bytes(devices)
         self.terms = terms
         self._roster = list(roster)
-        self._leaves = [advertisement.to_bytes() for advertisement in roster]
-        self._tree = Tree(self._leaves)
-        self._neighbours: list[list[int]] = neighbours(self._tree.root, terms.n, terms.degree.neighbours).tolist()
-        self._context = terms.context(run, self._tree.root, self._devices)
+        tree = Tree([advertisement.to_bytes() for advertisement in roster])
+        self._root = tree.root
+        self._places = [
+            place_bytes(advertisement.to_bytes(), tree.proof(at)) for at, advertisement in enumerate(roster)
+        ]
+        self._neighbours: list[list[int]] = neighbours(self._root, terms.n, terms.degree.neighbours).tolist()
+        self._context = terms.context(run, self._root, self._devices)
         self._parcels: dict[int, dict[int, Parcel]] = {}
         self._total = np.zeros(terms.encoding.padded, lane(terms.encoding.bits))
         self._uploaded: set[int] = set()
         self._survivors: list[int] = []
+        self._bits = b""
         self._signatures: dict[int, bytes] = {}
         self._own_seeds: dict[int, bytes] = {}
         self._shares: dict[tuple[int, Kind], dict[int, bytes]] = {}
 
     def view(self, position: int) -> bytes:
         """Stage 1: what a device is told of the roster."""
-        return view_bytes(self.terms, self._devices, self._tree, self._leaves, position, self._neighbours[position])
+        places = [self._places[place] for place in (position, *self._neighbours[position])]
+        return view_bytes(self.terms, self._devices, self._root, position, places)
 
     def take_shares(self, position: int, content: bytes) -> None:
         """Stage 1: a device's shares for its neighbours."""
@@ -88,7 +93,7 @@ class Aggregate:
         expected = packed_bytes(encoding.padded, encoding.bits) + SIGNATURE_BYTES
         if len(content) != expected:
             raise self._blame(position, f"Expected an upload of {len(content)} bytes to have {expected}.")
-        update, signature = content[:-SIGNATURE_BYTES], content[-SIGNATURE_BYTES:]
+        update, signature = memoryview(content)[:-SIGNATURE_BYTES], content[-SIGNATURE_BYTES:]  # without a copy
         key = self._roster[position].certificate.key
         if not verified(key, "upload", self._context, hashlib.sha256(update).digest(), signature):
             raise self._blame(position, "Expected the upload to be signed by its sender.")
@@ -113,16 +118,13 @@ class Aggregate:
                 "nothing was released."
             )
         self._survivors = sorted(self._uploaded)
+        self._bits = flags([position in self._uploaded for position in range(self.terms.n)])
         return self._bits
 
     @property
     def survivors(self) -> list[int]:
         """Positions of the devices whose updates are in the sum, once they are fixed."""
         return self._survivors
-
-    @property
-    def _bits(self) -> bytes:
-        return flags([position in self._uploaded for position in range(self.terms.n)])
 
     @property
     def signers(self) -> list[int]:

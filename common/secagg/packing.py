@@ -47,7 +47,7 @@ def pack(residues: Lanes, bits: int) -> bytes:
     return pairs.tobytes()
 
 
-def unpack(content: bytes, count: int, bits: int) -> Lanes:
+def unpack(content: bytes | memoryview, count: int, bits: int) -> Lanes:
     """The `count` residues that were packed, in lanes of `bits`: a read-only view of the content where it can be.
 
     Raises:

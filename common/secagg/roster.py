@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from common.errors import ProtocolError
 from common.secagg.advertisement import Advertisement, advertisement_bytes
 from common.secagg.graph import neighbours_of
-from common.secagg.merkle import Tree, verify
+from common.secagg.merkle import verify
 from common.secagg.terms import DIGEST_BYTES, Terms
 from common.secagg.wire import Reader, numbers, varint
 
@@ -76,12 +76,11 @@ def devices_bytes(devices: Sequence[int]) -> bytes:
     return b"".join(varint(device - before - 1) for before, device in itertools.pairwise([-1, *devices]))
 
 
-def view_bytes(
-    terms: Terms, devices: bytes, tree: Tree, leaves: list[bytes], position: int, neighbours: list[int]
-) -> bytes:
-    """What :meth:`View.parse` reads."""
-    parts = [terms.to_bytes(), devices, tree.root, numbers("I", position)]
-    for place in [position, *neighbours]:
-        proof = tree.proof(place)
-        parts += [leaves[place], numbers("B", len(proof) // DIGEST_BYTES), proof]
-    return b"".join(parts)
+def place_bytes(leaf: bytes, proof: bytes) -> bytes:
+    """A device's advertisement and the proof that it is in the roster, as they stand in a view."""
+    return leaf + numbers("B", len(proof) // DIGEST_BYTES) + proof
+
+
+def view_bytes(terms: Terms, devices: bytes, root: bytes, position: int, places: Sequence[bytes]) -> bytes:
+    """What :meth:`View.parse` reads; `places` are the device's own and those of its neighbours."""
+    return b"".join([terms.to_bytes(), devices, root, numbers("I", position), *places])

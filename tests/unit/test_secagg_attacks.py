@@ -33,7 +33,7 @@ from common.secagg.masks import add_masks, in_lanes
 from common.secagg.member import Shared, sign_of
 from common.secagg.merkle import Tree
 from common.secagg.packing import unpack
-from common.secagg.roster import View, devices_bytes, view_bytes
+from common.secagg.roster import View, devices_bytes, place_bytes, view_bytes
 from common.secagg.shamir import combine
 from common.secagg.shares import inbox_bytes, read_inbox, read_parcels, split_pair
 from common.secagg.signatures import signatures_bytes, subject
@@ -69,7 +69,14 @@ def view_of(terms: Terms, leaves: Sequence[bytes], position: int) -> bytes:
     """What a server tells a position of a roster of any leaves."""
     tree = Tree(leaves)
     neighbours = neighbours_of(tree.root, terms.n, terms.degree.neighbours, position).tolist()
-    return view_bytes(terms, devices_bytes(range(terms.n)), tree, list(leaves), position, neighbours)
+    return view_with(terms, leaves, position, neighbours)
+
+
+def view_with(terms: Terms, leaves: Sequence[bytes], position: int, neighbours: list[int]) -> bytes:
+    """The same with neighbours of the server's choice."""
+    tree = Tree(leaves)
+    places = [place_bytes(leaves[place], tree.proof(place)) for place in (position, *neighbours)]
+    return view_bytes(terms, devices_bytes(range(terms.n)), tree.root, position, places)
 
 
 def join(play: Play, position: int, view: bytes, now: float = NOW) -> Shared:
@@ -476,12 +483,11 @@ def test_neighbours_of_the_servers_choice_are_refused() -> None:
     play = meet(100)
     tree, leaves = Tree(leaves_of(play)), leaves_of(play)
     drawn = neighbours_of(tree.root, 100, play.terms.degree.neighbours, VICTIM).tolist()
-    listed = devices_bytes(range(100))
-    assert View.parse(view_bytes(play.terms, listed, tree, leaves, VICTIM, drawn), anything).neighbours == drawn
+    assert View.parse(view_with(play.terms, leaves, VICTIM, drawn), anything).neighbours == drawn
     stranger = next(place for place in range(100) if place not in drawn and place != VICTIM)
     chosen = sorted([stranger, *drawn[1:]])
     with pytest.raises(ProtocolError, match="to be proven part of the roster"):
-        View.parse(view_bytes(play.terms, listed, tree, leaves, VICTIM, chosen), anything)
+        View.parse(view_with(play.terms, leaves, VICTIM, chosen), anything)
 
 
 # --- Devices that are in the roster twice -----------------------------------------------------------------------------
