@@ -97,10 +97,19 @@ class DeviceStore:
         return cls.open(folder, key, random=random)
 
     @classmethod
-    def open(cls, folder: Path, key: KeySource, *, clock: Clock = time.time, random: Random = os.urandom) -> Self:
+    def open(
+        cls,
+        folder: Path,
+        key: KeySource,
+        *,
+        patience: float = 0.0,
+        clock: Clock = time.time,
+        random: Random = os.urandom,
+    ) -> Self:
         """Open the store in `folder` and check every row of it.
 
         Args:
+            patience: seconds to wait for another process to close it.
             clock: names what is set aside.
 
         Raises:
@@ -112,7 +121,7 @@ class DeviceStore:
         if not path.exists():
             raise RunError(f"Expected {folder} to hold a device store: {DATABASE} is missing.")
         try:
-            return cls(open_database(path, key, VERSION, MIGRATIONS, random))
+            return cls(open_database(path, key, VERSION, MIGRATIONS, random, patience))
         except DataError as error:
             raise DataError(f"{error} {_set_aside(path, clock())}") from None
 

@@ -1,7 +1,9 @@
 """What a device insists on, whatever a server offers: its own pinned policy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from client.ledger import Charge, epsilon_server
 from common.errors import Refusal
 from common.privacy.encoding import WIDTHS
 from common.secagg.terms import Terms
@@ -20,6 +22,9 @@ class Policy:
         minimum_noise_multiplier: least z.
         maximum_contributions: κ, uploads in all; 0 for any number.
         hybrid: whether shares must travel under ML-KEM too.
+        maximum_epsilon_server, delta: most that all uploads may tell the servers that get them, as ε at δ; 0 for any.
+        own_coins: whether it takes part only in rounds for which its own coin fell so, whoever else the server asks.
+        reproducible: whether noise may be seeded, or absent, which protects nobody: for trying things out.
     """
 
     minimum_cohort: int
@@ -31,6 +36,10 @@ class Policy:
     minimum_noise_multiplier: float
     maximum_contributions: int
     hybrid: bool
+    maximum_epsilon_server: float = 0.0
+    delta: float = 1e-6
+    own_coins: bool = False
+    reproducible: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> "Policy":
@@ -46,16 +55,22 @@ class Policy:
             guard.minimum_noise_multiplier,
             guard.maximum_contributions,
             aggregation.hybrid,
+            own_coins=settings.training.coins == "device",
+            reproducible=settings.reproducible,
         )
 
-    def check(self, terms: Terms, contributions: int) -> None:
-        """Whether this device takes part, having uploaded `contributions` times.
+    def check_run(self, settings: Settings) -> None:
+        """Whether this device takes part in such a run at all. Raises :class:`Refusal`."""
+        _demand((self.reproducible or not settings.reproducible, "noise that nobody can reproduce"))
+
+    def check(self, terms: Terms, charges: Sequence[Charge], run: bytes) -> None:
+        """Whether this device takes part in an attempt of a run, after the uploads that its ledger holds.
 
         Raises:
             Refusal: it does not, for the reasons named.
         """
-        encoding, honest = terms.encoding, 1 - self.corrupt - self.dropout
-        demands = (
+        encoding, honest, contributions = terms.encoding, 1 - self.corrupt - self.dropout, len(charges)
+        _demand(
             (terms.n >= self.minimum_cohort, f"cohort={terms.n} ≥ {self.minimum_cohort}"),
             (terms.n <= self.maximum_cohort, f"cohort={terms.n} ≤ {self.maximum_cohort}"),
             (terms.corrupt == self.corrupt, f"corrupt_fraction={terms.corrupt} to be {self.corrupt}"),
@@ -74,6 +89,12 @@ class Policy:
                 f"contributions={contributions} < {self.maximum_contributions}",
             ),
         )
-        broken = [demand for met, demand in demands if not met]
-        if broken:
-            raise Refusal(f"This device does not take part: expected {', '.join(broken)}.")
+        if self.maximum_epsilon_server:  # last: it loads an accountant
+            spent = epsilon_server([*charges, Charge.of(run, terms)], self.delta)
+            _demand((spent <= self.maximum_epsilon_server, f"ε_server={spent:.4g} ≤ {self.maximum_epsilon_server:g}"))
+
+
+def _demand(*demands: tuple[bool, str]) -> None:
+    broken = [demand for met, demand in demands if not met]
+    if broken:
+        raise Refusal(f"This device does not take part: expected {', '.join(broken)}.")

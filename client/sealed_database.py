@@ -254,12 +254,13 @@ def build_database(
 
 
 def open_database(
-    path: Path, key: KeySource, version: int, migrations: Mapping[int, Migration], random: Random
+    path: Path, key: KeySource, version: int, migrations: Mapping[int, Migration], random: Random, patience: float
 ) -> SealedDatabase:
     """Open an existing database, check every row of it and bring it to `version`.
 
     Args:
         migrations: what brings the contents of a version to the next one.
+        patience: seconds to wait for it to be free.
 
     Raises:
         DataError: it is damaged; nothing was changed.
@@ -267,7 +268,7 @@ def open_database(
     """
     try:
         with explained(path):
-            connection = connect(path)
+            connection = connect(path, patience)
             try:
                 found, record = check_frame(path, connection, version)
                 data_key, wrapping_key = unwrap(record, key)

@@ -27,13 +27,14 @@ _DAMAGE = {
 _SCHEMA = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection to an existing file that keeps every other one out until it is closed or its process dies.
+def connect(path: Path, patience: float = 0.0) -> sqlite3.Connection:
+    """A connection to an existing file that keeps every other one out until it is closed or its process dies; waits for
+    another one to be closed for `patience` seconds.
 
     A rollback journal, and not a write-ahead log: damage to a log would silently take back what was committed.
     """
     address = f"file:{quote(str(path.absolute()))}?mode=rw"
-    connection = sqlite3.connect(address, uri=True, isolation_level=None, timeout=0)
+    connection = sqlite3.connect(address, uri=True, isolation_level=None, timeout=patience)
     try:
         connection.text_factory = bytes  # text of a damaged file need not be UTF-8
         for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON"):

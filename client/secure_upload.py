@@ -7,21 +7,23 @@ new attempt, with fresh keys.
 
 import os
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord
 
+from client.coins import Coins
 from client.guard import Policy
+from client.ledger import Charge, last_attempt
 from common.errors import Refusal
 from common.secagg import member
 from common.secagg.member import Advertised, Agreed, Identity, Shared, Uploaded
 from common.secagg.roster import View
 from common.secagg.terms import Terms
 
-_STATE, _HISTORY, _ALL = "secure", "contributions", "all"
+_STATE = "secure"
 
 _State = TypeVar("_State", Advertised, Shared, Uploaded, Agreed)
 
@@ -37,26 +39,33 @@ class Secured(Protocol):
     def policy(self) -> Policy:
         """Its pinned policy."""
 
+    @property
+    def records(self) -> MutableMapping[str, ConfigRecord]:
+        """What it keeps by name, durable when set."""
+
+    def charges(self) -> Sequence[Charge]:
+        """Its own ledger: all its uploads so far."""
+
+    def charge(self, charge: Charge) -> None:
+        """Add an upload to the ledger, durably."""
+
 
 class SecureUpload:
     """One device in one run.
 
     Args:
-        store: what the device keeps, by name; written before a message leaves.
         run: 32 bytes, which run this is.
     """
 
     def __init__(
         self,
         device: Secured,
-        store: MutableMapping[str, Any],
         run: bytes,
         *,
         clock: Callable[[], float] = time.time,
         random: member.Random = os.urandom,
     ) -> None:
         self._device = device
-        self._store = store
         self._run = run
         self._clock = clock
         self._random = random
@@ -76,6 +85,11 @@ class SecureUpload:
         self._save(shared)
         return message
 
+    @property
+    def terms(self) -> Terms:
+        """What this device has agreed to. Raises :class:`Refusal` where it has agreed to nothing."""
+        return Terms.parse(self._load(Shared).terms)
+
     def upload(self, body: bytes, compute: Callable[[Terms], np.ndarray]) -> bytes:
         """The masked update, charged to this device before it leaves.
 
@@ -83,10 +97,10 @@ class SecureUpload:
             compute: the update's residues (2^m,) for the terms that were agreed to.
         """
         shared = self._load(Shared)
-        terms = Terms.parse(shared.terms)
+        terms = self.terms
         uploaded, masks = member.receive(shared, body)
-        self._charge(terms)  # before the work: that it fails may already say something
-        message = member.upload(uploaded, self._device.identity, masks, compute(terms))
+        self._device.charge(Charge.of(self._run, terms))  # before the work: that it fails may already say something
+        message = member.upload(uploaded, masks, compute(terms))
         self._save(uploaded)
         return message
 
@@ -103,31 +117,24 @@ class SecureUpload:
 
     def _check(self, terms: Terms) -> None:
         """The policy, and that no attempt comes twice."""
-        last, contributions = self._history()
+        charges = self._device.charges()
+        last = last_attempt(charges, self._run)
         if (terms.round, terms.attempt) <= last:
             raise Refusal(
                 f"This device does not take part: expected round {terms.round}, attempt {terms.attempt} to come after "
                 f"round {last[0]}, attempt {last[1]}, in which it took part."
             )
-        self._device.policy.check(terms, contributions)
-
-    def _charge(self, terms: Terms) -> None:
-        _, contributions = self._history()
-        changed = {_ALL: contributions + 1, self._run.hex(): [terms.round, terms.attempt]}
-        self._store[_HISTORY] = ConfigRecord(dict(self._store.get(_HISTORY) or {}) | changed)
-
-    def _history(self) -> tuple[tuple[int, int], int]:
-        """The last round and attempt of this run that this device uploaded in, and all its uploads."""
-        record = self._store.get(_HISTORY) or {}
-        round_, attempt = record.get(self._run.hex(), (0, 0))
-        return (round_, attempt), record.get(_ALL, 0)
+        self._device.policy.check(terms, charges, self._run)
+        if self._device.policy.own_coins and not Coins(self._device.records, self._run).fell_for(terms.round):
+            raise Refusal(f"This device does not take part: its own coin did not fall for round {terms.round}.")
 
     def _load(self, expected: type[_State]) -> _State:
-        record = self._store.get(_STATE)
+        record = self._device.records.get(_STATE)
         stage = "nothing" if record is None else record["stage"]
         if record is None or stage != expected.__name__:
             raise Refusal(f"This device is at the stage {stage!r} and does not answer one of {expected.__name__!r}.")
-        return expected(**{name: value for name, value in record.items() if name != "stage"})
+        fields: dict[str, Any] = {name: value for name, value in record.items() if name != "stage"}
+        return expected(**fields)
 
     def _save(self, state: Advertised | Shared | Uploaded | Agreed) -> None:
-        self._store[_STATE] = ConfigRecord({"stage": type(state).__name__, **asdict(state)})
+        self._device.records[_STATE] = ConfigRecord({"stage": type(state).__name__, **asdict(state)})

@@ -1,8 +1,11 @@
 """The catalogue: which items there are, most frequent first. A public input of a run."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from common.secagg.identity import digest
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,8 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that tell this catalogue from any other: its items and their order."""
+        return digest("catalogue", *(str(item).encode(errors="surrogatepass") for item in self.ids))

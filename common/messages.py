@@ -16,8 +16,8 @@ from common.errors import ProtocolError
 from common.secagg.identity import digest
 from common.settings import Settings
 
-Action = Literal["query.advertise", "query.share", "train.upload", "query.agree", "query.unmask"]
-"""The exchanges of a round, in their order, as Flower's message types."""
+Action = Literal["query.advertise", "query.share", "train.upload", "query.agree", "query.unmask", "query.model"]
+"""The exchanges of a round, in their order, and the delivery of a model, as Flower's message types."""
 
 
 def run_digest(settings: Settings, run_id: int) -> bytes:
@@ -25,20 +25,24 @@ def run_digest(settings: Settings, run_id: int) -> bytes:
     return digest("run", settings.to_toml().encode(), run_id.to_bytes(8, "little"))
 
 
-def content_of(body: bytes, *, model: bytes = b"", advertisement: bytes = b"") -> RecordDict:
-    """What a Message carries: a body of the secure aggregation; with the model on the way to an upload, and with the
-    advertisement for a next attempt on the way from an unmasking."""
-    return RecordDict({"secure": ConfigRecord({"body": body, "model": model, "advertisement": advertisement})})
+def content_of(body: bytes, *, advertisement: bytes = b"", model: bytes = b"", signature: bytes = b"") -> RecordDict:
+    """What a Message carries: a body of the secure aggregation; with the advertisement for a next attempt on the way
+    from an unmasking, and with the model and its publisher's signature on the way to an upload. The model is a record of
+    its own, of which Flower then keeps and sends the server one copy for all devices."""
+    records = {"secure": ConfigRecord({"body": body, "advertisement": advertisement})}
+    if model:
+        records["model"] = ConfigRecord({"content": model, "signature": signature})
+    return RecordDict(records)  # type: ignore[arg-type]
 
 
 def body_of(message: Message) -> bytes:
     """The body. Raises :class:`ProtocolError`."""
-    return _bytes(message, "body")
+    return _bytes(message, "secure", "body")
 
 
 def advertisement_of(message: Message) -> bytes:
     """The advertisement that came along, or nothing. Raises :class:`ProtocolError`."""
-    return _bytes(message, "advertisement")
+    return _bytes(message, "secure", "advertisement")
 
 
 def model_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -46,10 +50,15 @@ def model_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     return save(dict(arrays))
 
 
-def model_of(message: Message) -> dict[str, np.ndarray]:
+def signed_model_of(message: Message) -> tuple[bytes, bytes]:
+    """The model's bytes and the signature under it, neither checked yet. Raises :class:`ProtocolError`."""
+    return _bytes(message, "model", "content"), _bytes(message, "model", "signature")
+
+
+def read_arrays(model: bytes) -> dict[str, np.ndarray]:
     """The model's arrays, of any names and shapes yet. Raises :class:`ProtocolError`."""
     try:
-        return load(_bytes(message, "model"))
+        return load(model)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"Expected the model to be safetensors: {error}.") from None
 
@@ -60,9 +69,9 @@ def size_of(content: RecordDict) -> int:
     return sum(len(value) for value in values if isinstance(value, bytes))
 
 
-def _bytes(message: Message, name: str) -> bytes:
-    record = message.content.get("secure") if message.has_content() else None
+def _bytes(message: Message, kind: str, name: str) -> bytes:
+    record = message.content.get(kind) if message.has_content() else None
     value = record.get(name) if isinstance(record, ConfigRecord) else None
     if not isinstance(value, bytes):
-        raise ProtocolError(f"Expected a Message with {name!r} in the record 'secure'.")
+        raise ProtocolError(f"Expected a Message with {name!r} in the record {kind!r}.")
     return value

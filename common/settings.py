@@ -190,6 +190,9 @@ class TrainingSettings(_Section):
     rounds: int = Field(400, ge=1)
     cohort_rate: float = Field(0.1, gt=0, le=1)
     """q: the probability with which each device takes part in a round, independently."""
+    coins: Literal["server", "device"] = "server"
+    """Who flips it: the server, which has one exchange less to make; or each device, so that no server can choose whom
+    to ask. Neither lowers ε_server."""
     window: int = Field(64, ge=2)
     """Longest stretch of its history that a device trains on in one round."""
     support_fraction: float = Field(0.25, ge=0, lt=1)

@@ -1,9 +1,9 @@
-"""The ServerApp: the round loop over the devices of a Flower Grid."""
+"""A run behind a Flower Grid: the round loop over devices, whichever process the Grid is in."""
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from server.nodes import Nodes
 from server.report import build_report
 from server.run import open_training
 from server.run_folder import RunFolder
-from server.secure_sum import SecureSum
+from server.secure_sum import SecureSum, Trust
 from server.training import Progress
 
 logger = logging.getLogger("flwr")
@@ -33,17 +33,21 @@ class Deployment:
 
     Attributes:
         items: A, the size of the public catalogue.
-        devices: N, for how many devices to wait; None takes those that are there.
-        most: how many devices there can be: a larger number is nobody's.
-        authority: 32 bytes, the public key of the devices' enrolment authority.
+        trust: whom the server believes, and whom the devices believe.
+        gather: waits for the devices that the run is to begin with.
         evaluate: the report's evaluation of a model; empty where nobody can evaluate.
+        node_of: Flower's node of each device, as far as it is known.
+        timeout: seconds that a device has for an answer.
+        deliver: whether devices get the last model, to recommend with.
     """
 
     items: int
-    devices: int | None
-    most: int
-    authority: bytes
-    evaluate: Callable[[Parameters], dict[str, Any]]
+    trust: Trust
+    gather: Callable[[SecureSum], None]
+    evaluate: Callable[[Parameters], dict[str, Any]] = lambda parameters: {}
+    node_of: Mapping[int, int] = field(default_factory=dict)
+    timeout: float = _TIMEOUT_SECONDS
+    deliver: bool = False
 
 
 def make_app(deploy: Callable[[Settings], Deployment]) -> ServerApp:
@@ -53,7 +57,12 @@ def make_app(deploy: Callable[[Settings], Deployment]) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            _serve(grid, context, deploy)
+            settings = parse_flat(context.run_config)
+            name = context.run_config.get(OUT) or f"fedtopk-run-{context.run_id}"
+            folder = RunFolder(Path(str(name)).absolute())
+            expect_secure(settings)
+            report = serve(grid, context.run_id, settings, folder, deploy(settings), on_round=_log)
+            logger.info("%s after %d rounds; run folder: %s", report["status"], report["rounds"], folder.path)
         except FedtopkError as error:
             logger.error("%s", error)
             raise SystemExit(1) from None
@@ -61,26 +70,42 @@ def make_app(deploy: Callable[[Settings], Deployment]) -> ServerApp:
     return app
 
 
-def _serve(grid: Grid, context: Context, deploy: Callable[[Settings], Deployment]) -> None:
-    settings = parse_flat(context.run_config)
-    name = context.run_config.get(OUT) or f"fedtopk-run-{context.run_id}"
-    folder = RunFolder(Path(str(name)).absolute())
+def expect_secure(settings: Settings) -> None:
+    """Raise :class:`SettingsError` for a run that would show the server its devices' updates."""
     if settings.aggregation.kind != "secure":
         raise SettingsError(
             f"Expected aggregation.kind={settings.aggregation.kind} to be secure in a Flower run: "
             "plain and central are for `fedtopk simulate`."
         )
-    deployment = deploy(settings)
-    with folder.open(settings, resume=False) as store:
-        events, run = Events(store, time.time), run_digest(settings, context.run_id)
-        cohort = SecureSum(Nodes(grid, _TIMEOUT_SECONDS), settings, run, deployment.authority, events.record)
-        cohort.find(deployment.devices, deployment.most)
+
+
+def serve(
+    grid: Grid,
+    run_id: int,
+    settings: Settings,
+    folder: RunFolder,
+    deployment: Deployment,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_round: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Train over the Grid's devices, and write the run folder. Returns the report."""
+    with folder.open(settings, resume) as store:
+        events, run = Events(store, time.time), run_digest(settings, run_id)
+        nodes = Nodes(grid, deployment.timeout, deployment.node_of)
+        cohort = SecureSum(nodes, settings, run, deployment.trust, events.record)
+        deployment.gather(cohort)
         training = open_training(settings, folder, store, cohort, deployment.items)
-        outcome = training.run(lambda: False, _log)
+        if resume:
+            training.resume()
+        outcome = training.run(should_stop, on_round)
         folder.save_model(outcome.parameters)
+        if deployment.deliver:
+            cohort.deliver(outcome.parameters, outcome.rounds)
         report = build_report(training, outcome, deployment.evaluate(outcome.parameters))
         folder.save_report(report)
-    logger.info("%s after %d rounds; run folder: %s", outcome.status, outcome.rounds, folder.path)
+    return report
 
 
 def _log(progress: Progress) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -36,21 +37,41 @@ class Nodes:
 
     Args:
         timeout: seconds that a device has for an answer.
+        node_of: Flower's node of each device, as far as it is known.
     """
 
-    def __init__(self, grid: Grid, timeout: float) -> None:
+    def __init__(self, grid: Grid, timeout: float, node_of: Mapping[int, int]) -> None:
         self._grid = grid
         self._timeout = timeout
-        self._node_of: dict[int, int] = {}
+        self._node_of = dict(node_of)
 
     def __len__(self) -> int:
         return len(self._node_of)
 
-    def find(self, expected: int | None, identify: Callable[[Message], int]) -> None:
+    @property
+    def devices(self) -> np.ndarray:
+        """(N,) the devices' numbers, ascending."""
+        return np.array(sorted(self._node_of), np.int64)
+
+    def online(self) -> set[int]:
+        """Devices whose nodes are connected."""
+        nodes = set(self._grid.get_node_ids())
+        return {device for device, node in self._node_of.items() if node in nodes}
+
+    def await_online(self, count: int, patience: float) -> None:
+        """Wait for so many devices. Raises :class:`AggregationError` if they do not come within `patience` seconds."""
+        start = time.monotonic()
+        while len(there := self.online()) < count:
+            if time.monotonic() - start > patience:
+                raise AggregationError(f"Expected {count} devices to connect in {patience:g} s, found {len(there)}.")
+            time.sleep(_POLL_SECONDS)
+
+    def find(self, expected: int | None, question: RecordDict, identify: Callable[[Message], int]) -> None:
         """Wait until N devices have told who they are.
 
         Args:
             expected: N; None takes those that are there once no new one comes.
+            question: of the round 0, for which every device advertises.
             identify: the device's number in an answer to `advertise`. Raises :class:`ProtocolError`.
 
         Raises:
@@ -62,7 +83,7 @@ class Nodes:
         while True:
             new = set(self._grid.get_node_ids()) - asked
             asked |= new
-            messages = [Message(RecordDict(), node, "query.advertise") for node in new]
+            messages = [Message(question, node, "query.advertise") for node in new]
             for reply in self._grid.send_and_receive(messages, timeout=self._timeout) if messages else ():
                 try:
                     self._node_of[identify(checked(reply))] = reply.metadata.src_node_id

@@ -13,7 +13,10 @@ def draw_roster(settings: Settings, round_: int, devices: int) -> np.ndarray:
 
     Amplification needs the coins to be secret from whoever sees the models. So they come from the operating system,
     anew for each attempt, unless the run is reproducible, where they follow from the seed and the round alone.
+    Real devices that flip their own coins are all asked.
     """
+    if settings.training.coins == "device" and settings.aggregation.kind == "secure":
+        return np.arange(devices)
     stream = seeded_stream(settings.training.seed, "roster", round_) if settings.reproducible else system_stream()
     members = np.flatnonzero(stream.uniform(devices) < settings.training.cohort_rate)
     return members if len(members) >= settings.guard.minimum_cohort else members[:0]

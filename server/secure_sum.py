@@ -4,21 +4,28 @@ Drives :class:`common.secagg.aggregate.Aggregate` over Messages. A device's keys
 last answer of the one before, so a round costs four exchanges, and a fifth one with those that have none in stock.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from common.errors import AggregationError, ProtocolError
 from common.messages import Action, advertisement_of, body_of, content_of, model_bytes
+from common.model import Parameters
 from common.offer import Offer
 from common.secagg.advertisement import Advertisement
 from common.secagg.aggregate import Aggregate
+from common.secagg.keys import SEED_BYTES
 from common.secagg.terms import Terms
+from common.secagg.wire import numbers
 from common.settings import Settings
+from common.signed_model import Edition
 from server.cohort import CohortSum, release
 from server.nodes import Nodes, Traffic
 
@@ -32,21 +39,38 @@ Record = Callable[..., Any]
 """``record("stage", round, name=…, answers=…, asked=…, seconds=…)``, as :meth:`server.events.Events.record`."""
 
 
+@dataclass(frozen=True)
+class Trust:
+    """Whom the server believes and whom the devices believe.
+
+    Attributes:
+        authority: 32 bytes, the public key of the devices' enrolment authority.
+        publisher: signs the models that devices are sent.
+        catalogue: 32 bytes, of the items that the model is of.
+        revoked: the numbers of devices that are none any more.
+    """
+
+    authority: bytes
+    publisher: Ed25519PrivateKey
+    catalogue: bytes
+    revoked: Callable[[], Collection[int]] = frozenset
+
+
 class SecureSum:
     """The devices of a run.
 
     Args:
         run: 32 bytes, which run this is.
-        authority: 32 bytes, the public key of the devices' enrolment authority.
     """
 
-    def __init__(self, nodes: Nodes, settings: Settings, run: bytes, authority: bytes, record: Record) -> None:
+    def __init__(self, nodes: Nodes, settings: Settings, run: bytes, trust: Trust, record: Record) -> None:
         self._nodes = nodes
         self._settings = settings
         self._run = run
-        self._authority = authority
+        self._trust = trust
         self._record = record
         self._stock: dict[int, Advertisement] = {}
+        self._own_coins = settings.training.coins == "device"
 
     @property
     def devices(self) -> int:
@@ -59,7 +83,7 @@ class SecureSum:
         pass
 
     def find(self, expected: int | None, most: int) -> None:
-        """Wait for N devices, or take those that are there (:meth:`Nodes.find`); their numbers are below `most`."""
+        """Wait for N simulated devices, or take those that are there (:meth:`Nodes.find`); numbers are below `most`."""
 
         def identify(reply: Message) -> int:
             advertisement = self._admitted(body_of(reply))
@@ -68,15 +92,20 @@ class SecureSum:
             self._stock[advertisement.device] = advertisement
             return advertisement.device
 
-        self._nodes.find(expected, identify)
+        self._nodes.find(expected, content_of(numbers("I", 0)), identify)
+
+    def await_online(self, count: int, patience: float) -> None:
+        """Wait for so many devices to be connected. Raises :class:`AggregationError` after `patience` seconds."""
+        self._nodes.await_online(count, patience)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         traffic = Traffic()
-        roster = self._roster(offer, members.tolist(), traffic)
+        roster = self._roster(offer, self._nodes.devices[members].tolist(), traffic)
+        drawn = len(roster) if self._own_coins else len(members)
         least = max(1, self._settings.guard.minimum_cohort)
         if len(roster) < least:
             total = release(np.zeros(offer.encoding.padded, np.uint32), 0, 0, offer)
-            return CohortSum(total, len(members), 0)
+            return CohortSum(total, drawn, 0)
         try:
             aggregate = self._attempt(offer, roster, traffic)
             residues = aggregate.total()
@@ -86,11 +115,17 @@ class SecureSum:
             self._record("dropouts", offer.round, reasons=dict(traffic.reasons))
         n, survivors = len(roster), len(aggregate.survivors)
         total = release(residues, survivors, n, offer)
-        return CohortSum(total, len(members), survivors, traffic.up // n, traffic.down // n)
+        return CohortSum(total, drawn, survivors, traffic.up // n, traffic.down // n)
 
     def _roster(self, offer: Offer, members: list[int], traffic: Traffic) -> list[Advertisement]:
-        """The members' advertisements, each used once: those in stock, and those of members that are asked for one."""
-        missing = {device: RecordDict() for device in members if device not in self._stock}
+        """The advertisements of the members that are there, each used once: those in stock, and those of members that
+        are asked for one; of all that say that their coin fell so, where devices flip the coins."""
+        there = self._nodes.online() - set(self._trust.revoked())
+        members = [device for device in members if device in there]
+        if self._own_coins:
+            self._stock.clear()
+        question = content_of(numbers("I", offer.round))
+        missing = {device: question for device in members if device not in self._stock}
         self._stage(
             "query.advertise",
             offer,
@@ -102,6 +137,8 @@ class SecureSum:
 
     def _take_advertisement(self, device: int, content: bytes) -> None:
         """Put a device's keys in stock. Raises :class:`ProtocolError`, also where they are another device's."""
+        if self._own_coins and not content:
+            return
         advertisement = self._admitted(content)
         if advertisement.device != device:
             raise ProtocolError(f"Expected device {device} to advertise itself.", device)
@@ -109,7 +146,7 @@ class SecureSum:
 
     def _admitted(self, content: bytes) -> Advertisement:
         advertisement = Advertisement.parse(content, self._settings.aggregation.hybrid)
-        advertisement.check(self._run, self._authority, time.time())
+        advertisement.check(self._run, self._trust.authority, time.time())
         return advertisement
 
     def _attempt(self, offer: Offer, roster: list[Advertisement], traffic: Traffic) -> Aggregate:
@@ -119,15 +156,15 @@ class SecureSum:
         terms = Terms(
             offer.round, offer.attempt, len(roster), *fractions, aggregation.hybrid, offer.encoding, offer.model
         )
-        aggregate = Aggregate(self._run, terms, roster)
+        aggregate = Aggregate(self._run, terms, roster, os.urandom(SEED_BYTES))
         device_at = [advertisement.device for advertisement in roster]
         position_of = {device: position for position, device in enumerate(device_at)}
-        model = model_bytes({name: value.numpy() for name, value in offer.parameters.items()})
+        model, signature = self._signed(offer.parameters, offer.round - 1)
 
         def stage(action: Action, positions: list[int], body: Body, take: Take) -> None:
-            sent = model if action == "train.upload" else b""
+            sent = {"model": model, "signature": signature} if action == "train.upload" else {}
             devices = [device_at[position] for position in positions]
-            contents = {device: content_of(body(position_of[device]), model=sent) for device in devices}
+            contents = {device: content_of(body(position_of[device]), **sent) for device in devices}
             self._stage(action, offer, contents, lambda device, reply: take(position_of[device], reply), traffic)
 
         def take_unmasking(position: int, reply: Message) -> None:
@@ -148,6 +185,21 @@ class SecureSum:
         stage("query.agree", aggregate.survivors, lambda position: survivors, bodies(aggregate.take_agreement))
         stage("query.unmask", aggregate.signers, aggregate.signatures, take_unmasking)
         return aggregate
+
+    def deliver(self, parameters: Parameters, round_: int) -> int:
+        """Send all devices that are there the model after so many rounds; how many have it now."""
+        model, signature = self._signed(parameters, round_)
+        content = content_of(numbers("I", round_), model=model, signature=signature)
+        contents = dict.fromkeys(sorted(self._nodes.online() - set(self._trust.revoked())), content)
+        traffic = Traffic()
+        answers = self._nodes.ask("query.model", contents, lambda device, reply: None, traffic, str(round_))
+        self._record("delivered", round_, asked=len(contents), answers=answers, reasons=dict(traffic.reasons))
+        return answers
+
+    def _signed(self, parameters: Parameters, round_: int) -> tuple[bytes, bytes]:
+        model = model_bytes({name: value.numpy() for name, value in parameters.items()})
+        edition = Edition(self._run, round_, self._trust.catalogue)
+        return model, edition.sign(self._trust.publisher, model)
 
     def _stage(
         self,

@@ -4,43 +4,74 @@ A simulated node's partition is its device's number. A process loads the data se
 it: what only keeps the protocol going starts without either.
 """
 
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import Context
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from client.app import make_app
 from client.guard import Policy
+from client.ledger import Charge
 from common.errors import SettingsError
 from common.secagg.member import Identity
 from common.settings import Settings
-from simulations.identities import simulated_identity
+from simulations.identities import simulated_identity, simulated_publisher
 
 if TYPE_CHECKING:
     from common.trajectory import Trajectories
     from simulations.population import Population
 
+_LOCAL_USER, _CHARGES = "local_user", "charges"
+
 
 @lru_cache(maxsize=1)
-def _open(settings: Settings) -> "tuple[int, Population]":
-    """The catalogue's size and the population."""
+def _open(settings: Settings) -> "tuple[int, bytes, Population]":
+    """The catalogue's size and digest, and the population."""
     from simulations.population import Population
     from simulations.simulate import load_split
 
     train = load_split(settings).train
-    return len(train.catalogue), Population(settings, train)
+    return len(train.catalogue), train.catalogue.digest, Population(settings, train)
 
 
-@dataclass(frozen=True)
-class _SimulatedDevice:
+class RecordedDevice:
+    """What a device keeps, in Flower's state of a node.
+
+    Args:
+        records: by name.
+    """
+
+    def __init__(self, records: MutableMapping[str, ConfigRecord]) -> None:
+        self.records = records
+
+    def charges(self) -> list[Charge]:
+        record: Mapping[str, Any] = self.records.get(_CHARGES) or {"entries": []}
+        return [Charge.parse(entry) for entry in record["entries"]]
+
+    def charge(self, charge: Charge) -> None:
+        entries = [known.to_json() for known in self.charges()]
+        self.records[_CHARGES] = ConfigRecord({"entries": [*entries, charge.to_json()]})
+
+
+@dataclass
+class _SimulatedDevice(RecordedDevice):
     number: int
     settings: Settings
+    state: RecordDict
+
+    def __post_init__(self) -> None:
+        super().__init__(self.state.config_records)
 
     @property
     def identity(self) -> Identity:
         return simulated_identity(self.settings.training.seed, self.number)
+
+    @property
+    def publisher(self) -> bytes:
+        return simulated_publisher(self.settings.training.seed).public_key().public_bytes_raw()
 
     @property
     def policy(self) -> Policy:
@@ -50,16 +81,32 @@ class _SimulatedDevice:
     def items(self) -> int:
         return _open(self.settings)[0]
 
+    @property
+    def catalogue(self) -> bytes:
+        return _open(self.settings)[1]
+
     def window(self, round_: int) -> "Trajectories":
-        _, population = _open(self.settings)
-        return population.windows(round_, np.array([self.number]))
+        return _open(self.settings)[2].windows(round_, np.array([self.number]))
+
+    def load_user(self) -> np.ndarray | None:
+        arrays = self.state.array_records.get(_LOCAL_USER)
+        return None if arrays is None else arrays["user"].numpy().copy()
+
+    def save_user(self, user: np.ndarray) -> None:
+        self.state[_LOCAL_USER] = ArrayRecord({"user": Array(user)})
+
+    def keep_model(self, content: bytes, metadata: Mapping[str, str]) -> None:
+        """A simulated device recommends nothing by itself."""
+
+    def expect_willing(self) -> None:
+        """It always is."""
 
 
 def _open_device(settings: Settings, context: Context) -> _SimulatedDevice:
     number = context.node_config.get("partition-id")
     if not isinstance(number, int) or number < 0:
         raise SettingsError(f"Expected partition-id={number!r} to be the number of a user.")
-    return _SimulatedDevice(number, settings)
+    return _SimulatedDevice(number, settings, context.state)
 
 
 client_app = make_app(_open_device)

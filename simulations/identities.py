@@ -23,6 +23,11 @@ def simulated_authority(seed: int) -> bytes:
     return _authority(seed).public_key().public_bytes_raw()
 
 
+def simulated_publisher(seed: int) -> Ed25519PrivateKey:
+    """The key that a simulated run's models are signed with."""
+    return _key(seed, "publisher", 0)
+
+
 @lru_cache(maxsize=1)
 def _authority(seed: int) -> Ed25519PrivateKey:
     return _key(seed, "authority", 0)

@@ -5,7 +5,8 @@ from typing import Any
 from common.model import Parameters
 from common.settings import Settings
 from server.app import Deployment, make_app
-from simulations.identities import simulated_authority
+from server.secure_sum import SecureSum, Trust
+from simulations.identities import simulated_authority, simulated_publisher
 from simulations.population import Population
 from simulations.simulate import evaluate_model, load_split
 
@@ -18,8 +19,13 @@ def _deploy(settings: Settings) -> Deployment:
         """With user embeddings adapted from 0: the trained ones are the devices'."""
         return evaluate_model(settings, parameters, population, data)
 
-    authority = simulated_authority(settings.training.seed)
-    return Deployment(len(data.train.catalogue), settings.data.users or None, len(population), authority, evaluate)
+    seed, catalogue = settings.training.seed, data.train.catalogue
+    trust = Trust(simulated_authority(seed), simulated_publisher(seed), catalogue.digest)
+
+    def gather(cohort: SecureSum) -> None:
+        cohort.find(settings.data.users or None, len(population))
+
+    return Deployment(len(catalogue), trust, gather, evaluate)
 
 
 server_app = make_app(_deploy)

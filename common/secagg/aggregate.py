@@ -5,27 +5,28 @@ way back. A device's message that cannot be honest raises :class:`ProtocolError`
 counts as if it had not come. The sum is formed of masked updates as they arrive; no update is kept.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
 from common.errors import AggregationError, ProtocolError
 from common.secagg.advertisement import Advertisement, commitment_to
 from common.secagg.graph import neighbours
-from common.secagg.identity import SIGNATURE_BYTES, verified
-from common.secagg.keys import SEED_BYTES, mask_key, own_key, public_key
+from common.secagg.identity import verified
+from common.secagg.keys import SEED_BYTES, mask_key, own_key, private_key, public_key, upload_key
 from common.secagg.masks import add_masks, lane
-from common.secagg.member import sign_of
+from common.secagg.member import TAG_BYTES, sign_of
 from common.secagg.merkle import Tree
 from common.secagg.packing import packed_bytes, unpack
 from common.secagg.roster import devices_bytes, place_bytes, view_bytes
 from common.secagg.shamir import combine
-from common.secagg.shares import SHARE_BYTES, Kind, Parcel, commitment, inbox_bytes, read_parcels
+from common.secagg.shares import SHARE_BYTES, Kind, commitment, inbox_bytes, promised, read_parcels
 from common.secagg.signatures import signatures_bytes, subject
 from common.secagg.terms import Terms
-from common.secagg.wire import Reader, flags
+from common.secagg.wire import flags
 
 
 class Aggregate:
@@ -35,12 +36,13 @@ class Aggregate:
         run: 32 bytes, which run this is.
         terms: of the attempt, with n = the number of advertisements.
         roster: the members' advertisements, checked, by increasing device number; their order is the positions.
+        seed: 32 secret bytes, of the key with which devices authenticate their uploads to this server.
 
     Raises:
         AggregationError: no (k, t) exists for the terms, or the roster is not in order or has a device twice.
     """
 
-    def __init__(self, run: bytes, terms: Terms, roster: Sequence[Advertisement]) -> None:
+    def __init__(self, run: bytes, terms: Terms, roster: Sequence[Advertisement], seed: bytes) -> None:
         devices = [advertisement.device for advertisement in roster]
         if len(roster) != terms.n or sorted(set(devices)) != devices:
             raise AggregationError(f"Expected a roster of n={terms.n} different devices in order, found {devices}.")
@@ -52,9 +54,11 @@ class Aggregate:
         self._places = [
             place_bytes(advertisement.to_bytes(), tree.proof(at)) for at, advertisement in enumerate(roster)
         ]
-        self._neighbours: list[list[int]] = neighbours(self._root, terms.n, terms.degree.neighbours).tolist()
+        graph: list[list[int]] = neighbours(self._root, terms.n, terms.degree.neighbours).tolist()
+        self._neighbours = [{place: index for index, place in enumerate(places)} for places in graph]
         self._context = terms.context(run, self._root, self._devices)
-        self._parcels: dict[int, dict[int, Parcel]] = {}
+        self._seed, self._public_key = seed, public_key(seed)
+        self._parcels: dict[int, list[bytes]] = {}  # each dealer's, in the order of its neighbours
         self._total = np.zeros(terms.encoding.padded, lane(terms.encoding.bits))
         self._uploaded: set[int] = set()
         self._survivors: list[int] = []
@@ -66,17 +70,16 @@ class Aggregate:
     def view(self, position: int) -> bytes:
         """Stage 1: what a device is told of the roster."""
         places = [self._places[place] for place in (position, *self._neighbours[position])]
-        return view_bytes(self.terms, self._devices, self._root, position, places)
+        return view_bytes(self.terms, self._devices, self._root, self._public_key, position, places)
 
     def take_shares(self, position: int, content: bytes) -> None:
         """Stage 1: a device's shares for its neighbours."""
         if position in self._parcels:
             raise self._blame(position, "Expected it to share once.")
         try:
-            parcels = read_parcels(content, len(self._neighbours[position]), self.terms.hybrid)
+            self._parcels[position] = read_parcels(content, len(self._neighbours[position]), self.terms.hybrid)
         except ProtocolError as error:
             raise self._blame(position, str(error)) from None
-        self._parcels[position] = dict(zip(self._neighbours[position], parcels, strict=True))
 
     @property
     def sharers(self) -> list[int]:
@@ -85,18 +88,22 @@ class Aggregate:
 
     def inbox(self, position: int) -> bytes:
         """Stage 2: the shares that a device's neighbours sent it."""
-        return inbox_bytes([self._parcels.get(dealer, {}).get(position) for dealer in self._neighbours[position]])
+        return inbox_bytes([self._parcel(dealer, position) for dealer in self._neighbours[position]])
 
     def take_upload(self, position: int, content: bytes) -> None:
-        """Stage 2: a device's masked update, signed."""
+        """Stage 2: a device's masked update, with its tag."""
         encoding = self.terms.encoding
-        expected = packed_bytes(encoding.padded, encoding.bits) + SIGNATURE_BYTES
+        expected = packed_bytes(encoding.padded, encoding.bits) + TAG_BYTES
         if len(content) != expected:
             raise self._blame(position, f"Expected an upload of {len(content)} bytes to have {expected}.")
-        update, signature = memoryview(content)[:-SIGNATURE_BYTES], content[-SIGNATURE_BYTES:]  # without a copy
-        key = self._roster[position].certificate.key
-        if not verified(key, "upload", self._context, hashlib.sha256(update).digest(), signature):
-            raise self._blame(position, "Expected the upload to be signed by its sender.")
+        update, tag = memoryview(content)[:-TAG_BYTES], content[-TAG_BYTES:]  # without a copy
+        key = upload_key(private_key(self._seed), self._roster[position].channel_key, self._context, position)
+        try:
+            Poly1305.verify_tag(key, update, tag)
+        except InvalidSignature:
+            raise self._blame(
+                position, "Expected the upload to be of the device whose keys are in the roster."
+            ) from None
         if position in self._uploaded or position not in self._parcels or self._survivors:
             raise self._blame(
                 position, "Expected one upload of each device that shared, before the survivors are fixed."
@@ -151,17 +158,15 @@ class Aggregate:
         expected = SEED_BYTES + len(dealers) * SHARE_BYTES
         if len(content) != expected:
             raise self._blame(position, f"Expected an unmasking of {len(content)} bytes to have {expected}.")
-        reader = Reader(content, "an unmasking")
-        seed, wrong = reader.take(SEED_BYTES), []
+        seed, wrong = content[:SEED_BYTES], []
         if commitment_to(seed) == self._roster[position].commitment:
             self._own_seeds[position] = seed
         else:
             wrong.append(position)
-        for dealer in dealers:
+        for dealer, start in zip(dealers, range(SEED_BYTES, expected, SHARE_BYTES), strict=True):
             kind: Kind = "own" if dealer in self._uploaded else "mask"
-            share = reader.take(SHARE_BYTES)
-            promised = self._parcels[dealer][position].commitments[kind]
-            if commitment(self._context, dealer, position, kind, share) == promised:
+            share, parcel = content[start : start + SHARE_BYTES], self._parcel(dealer, position)
+            if parcel and commitment(self._context, dealer, position, kind, share) == promised(parcel, kind):
                 self._shares.setdefault((dealer, kind), {})[position] = share
             else:
                 wrong.append(dealer)
@@ -183,9 +188,9 @@ class Aggregate:
             alive = [neighbour for neighbour in self._neighbours[position] if neighbour in self._uploaded]
             if not alive:
                 continue
-            seed = self._reconstruct(position, "mask")
+            own = private_key(self._reconstruct(position, "mask"))
             for neighbour in alive:
-                key = mask_key(seed, self._roster[neighbour].mask_key, self._context, position, neighbour)
+                key = mask_key(own, self._roster[neighbour].mask_key, self._context, position, neighbour)
                 masks.append((key, -sign_of(neighbour, position)))
         total = self._total.copy()
         add_masks(total, masks)
@@ -200,7 +205,7 @@ class Aggregate:
                 f"{threshold}; nothing was released."
             )
         held = sorted(shares)
-        places = [self._neighbours[position].index(holder) + 1 for holder in held]
+        places = [self._neighbours[position][holder] + 1 for holder in held]
         secret = combine(places, [shares[holder] for holder in held], threshold)
         fits = (
             commitment_to(secret) == advertisement.commitment
@@ -210,6 +215,11 @@ class Aggregate:
         if not fits:
             raise self._blame(position, "Expected the shares that it dealt to give the secret it committed to.")
         return secret
+
+    def _parcel(self, dealer: int, holder: int) -> bytes | None:
+        """What a dealer sent a neighbour of its; None where it has not shared."""
+        parcels = self._parcels.get(dealer)
+        return parcels[self._neighbours[dealer][holder]] if parcels else None
 
     def _blame(self, position: int, message: str) -> ProtocolError:
         device = self._roster[position].device

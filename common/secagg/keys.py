@@ -1,4 +1,5 @@
-"""Key agreement between two devices: the key of their common mask, and the keys of the channels between them."""
+"""Key agreement: the key of the mask that two devices have in common, those of the channels between them, and the one
+that authenticates a device's upload to the server."""
 
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -12,12 +13,18 @@ SEED_BYTES = 32
 KEM_KEY_BYTES = 1184
 KEM_CIPHERTEXT_BYTES = 1088
 
-_ANY = X25519PrivateKey.from_private_bytes(bytes([1] * SEED_BYTES))
+
+def private_key(seed: bytes) -> X25519PrivateKey:
+    """The X25519 key of 32 secret bytes (RFC 7748). Making it costs more than agreeing on a secret with it."""
+    return X25519PrivateKey.from_private_bytes(seed)
 
 
 def public_key(seed: bytes) -> bytes:
-    """The X25519 public key of 32 secret bytes (RFC 7748)."""
-    return X25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    """Its public key."""
+    return private_key(seed).public_key().public_bytes_raw()
+
+
+_ANY = private_key(bytes([1] * SEED_BYTES))
 
 
 def is_key(public: bytes) -> bool:
@@ -29,27 +36,37 @@ def is_key(public: bytes) -> bool:
     return True
 
 
-def mask_key(seed: bytes, other: bytes, context: bytes, one: int, two: int) -> bytes:
+def mask_key(own: X25519PrivateKey, other: bytes, context: bytes, one: int, two: int) -> bytes:
     """32 bytes: the key of the mask that positions `one` and `two` have in common, the same from either side.
 
     Args:
-        seed: one side's secret.
+        own: one side's key.
         other: the other side's public key.
 
     Raises:
         ProtocolError: a public key of low order, with which the result would not be secret.
     """
     low, high = sorted((one, two))
-    return _derive(_exchange(seed, other), context, b"mask" + numbers("II", low, high))
+    return _derive(_exchange(own, other), context, b"mask" + numbers("II", low, high))
 
 
-def channel_key(seed: bytes, other: bytes, context: bytes, sender: int, receiver: int, kem_secret: bytes) -> bytes:
+def channel_key(
+    own: X25519PrivateKey, other: bytes, context: bytes, sender: int, receiver: int, kem_secret: bytes
+) -> bytes:
     """32 bytes: the key of the one message from `sender` to `receiver`; `kem_secret` is empty or of ML-KEM.
 
     Raises :class:`ProtocolError` for a public key of low order.
     """
-    secret = _exchange(seed, other) + kem_secret
+    secret = _exchange(own, other) + kem_secret
     return _derive(secret, context, b"channel" + numbers("II", sender, receiver))
+
+
+def upload_key(own: X25519PrivateKey, other: bytes, context: bytes, position: int) -> bytes:
+    """32 bytes: the key of the one upload of the device at `position`, the same for it and for the server.
+
+    Raises :class:`ProtocolError` for a public key of low order.
+    """
+    return _derive(_exchange(own, other), context, b"upload" + numbers("I", position))
 
 
 def own_key(seed: bytes, context: bytes) -> bytes:
@@ -75,11 +92,11 @@ def decapsulate(seed: bytes, ciphertext: bytes) -> bytes:
     return MLKEM768PrivateKey.from_seed_bytes(seed).decapsulate(ciphertext)
 
 
-def _exchange(seed: bytes, other: bytes) -> bytes:
+def _exchange(own: X25519PrivateKey, other: bytes) -> bytes:
     try:
-        return X25519PrivateKey.from_private_bytes(seed).exchange(X25519PublicKey.from_public_bytes(other))
+        return own.exchange(X25519PublicKey.from_public_bytes(other))
     except ValueError:
-        raise ProtocolError("Expected a neighbour's X25519 key to be a point of full order.") from None
+        raise ProtocolError("Expected another party's X25519 key to be a point of full order.") from None
 
 
 def _derive(secret: bytes, context: bytes, info: bytes) -> bytes:

@@ -23,19 +23,20 @@ devices that were told different things do not open each other's shares      the
 Tests: ``tests/unit/test_secagg_attacks.py``, one for each attack; ``tests/unit/test_secagg_round.py`` for exactness.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
 from common.errors import ProtocolError
 from common.secagg.advertisement import Advertisement, commitment_to
 from common.secagg.identity import Certificate, signed, verified
 from common.secagg.keys import (
+    KEM_CIPHERTEXT_BYTES,
     SEED_BYTES,
     channel_key,
     decapsulate,
@@ -43,7 +44,9 @@ from common.secagg.keys import (
     kem_public_key,
     mask_key,
     own_key,
+    private_key,
     public_key,
+    upload_key,
 )
 from common.secagg.masks import add_masks, in_lanes
 from common.secagg.packing import pack
@@ -53,6 +56,9 @@ from common.secagg.shares import read_inbox, seal, split_pair, unseal
 from common.secagg.signatures import read_signatures, subject
 from common.secagg.terms import Terms
 from common.secagg.wire import Reader
+
+TAG_BYTES = 16
+"""At the end of an upload, of Poly1305: that it is of the device whose keys are in the roster."""
 
 _KEM_SEED_BYTES = 64
 
@@ -100,11 +106,13 @@ class Shared(Secrets):
 
     Attributes:
         terms: of the attempt, as they were offered.
+        server_key: of the attempt's server.
         neighbours, devices, identities, mask_keys, channel_keys: positions and what they advertised, in one order.
     """
 
     context: bytes
     terms: bytes
+    server_key: bytes
     position: int
     neighbours: list[int]
     devices: list[int]
@@ -115,13 +123,18 @@ class Shared(Secrets):
 
 @dataclass(frozen=True)
 class Uploaded:
-    """The masked update is on its way, or about to be. `shares` are 64 bytes of each neighbour's two secrets, or
-    nothing where it sent none."""
+    """The masked update is on its way, or about to be.
+
+    Attributes:
+        upload_key: 32 bytes, with which the server knows whose upload it is.
+        shares: 64 bytes of each neighbour's two secrets, or nothing where it sent none.
+    """
 
     context: bytes
     terms: bytes
     position: int
     own_seed: bytes
+    upload_key: bytes
     neighbours: list[int]
     identities: list[bytes]
     shares: list[bytes]
@@ -164,18 +177,19 @@ def share(state: Advertised, identity: Identity, view: View, now: float, random:
     terms, degree = view.terms, view.terms.degree
     context = terms.context(state.run, view.root, view.devices)
     count, threshold = len(view.neighbours), degree.threshold
-    secret = state.own_seed + state.mask_seed
+    secret, channel = state.own_seed + state.mask_seed, private_key(state.channel_seed)
     pairs = split(secret, count, threshold, random((threshold - 1) * len(secret)))
     parcels = []
     for holder, pair, theirs in zip(view.neighbours, pairs, view.advertisements, strict=True):
         kem_secret, encapsulated = encapsulate(theirs.kem_key) if terms.hybrid else (b"", b"")
-        key = channel_key(state.channel_seed, theirs.channel_key, context, view.position, holder, kem_secret)
+        key = channel_key(channel, theirs.channel_key, context, view.position, holder, kem_secret)
         both = split_pair(pair.tobytes())
         parcels.append(seal(key, context, view.position, holder, both["own"], both["mask"], encapsulated=encapsulated))
     shared = Shared(
         **_carried(state, Secrets),
         context=context,
         terms=terms.to_bytes(),
+        server_key=view.server_key,
         position=view.position,
         neighbours=view.neighbours,
         devices=[theirs.device for theirs in view.advertisements],
@@ -183,7 +197,7 @@ def share(state: Advertised, identity: Identity, view: View, now: float, random:
         mask_keys=[theirs.mask_key for theirs in view.advertisements],
         channel_keys=[theirs.channel_key for theirs in view.advertisements],
     )
-    return shared, b"".join(parcel.to_bytes() for parcel in parcels)
+    return shared, b"".join(parcels)
 
 
 def receive(state: Shared, inbox: bytes) -> tuple[Uploaded, list[tuple[bytes, int]]]:
@@ -198,33 +212,33 @@ def receive(state: Shared, inbox: bytes) -> tuple[Uploaded, list[tuple[bytes, in
     """
     terms, own, context = Terms.parse(state.terms), state.position, state.context
     parcels = read_inbox(inbox, len(state.neighbours), terms.hybrid)
+    channel, mask = private_key(state.channel_seed), private_key(state.mask_seed)
     masks, shares = [(own_key(state.own_seed, context), 1)], []
     for index, (parcel, dealer) in enumerate(zip(parcels, state.neighbours, strict=True)):
         if parcel is None:
             shares.append(b"")
             continue
-        kem_secret = decapsulate(state.kem_seed, parcel.encapsulated) if terms.hybrid else b""
-        key = channel_key(state.channel_seed, state.channel_keys[index], context, dealer, own, kem_secret)
+        kem_secret = decapsulate(state.kem_seed, parcel[:KEM_CIPHERTEXT_BYTES]) if terms.hybrid else b""
+        key = channel_key(channel, state.channel_keys[index], context, dealer, own, kem_secret)
         shares.append(unseal(parcel, key, context, dealer, own, state.devices[index]))
-        common = mask_key(state.mask_seed, state.mask_keys[index], context, own, dealer)
+        common = mask_key(mask, state.mask_keys[index], context, own, dealer)
         masks.append((common, sign_of(own, dealer)))
     if len(masks) - 1 < terms.degree.quorum:
         raise ProtocolError(
             f"Expected the shares of {len(masks) - 1} neighbours to be of at least {terms.degree.quorum}."
         )
-    return Uploaded(**_carried(state, Uploaded), shares=shares), masks
+    tagged = upload_key(channel, state.server_key, context, own)
+    return Uploaded(**_carried(state, Uploaded), upload_key=tagged, shares=shares), masks
 
 
-def upload(
-    state: Uploaded, identity: Identity, masks: Sequence[tuple[bytes, int]], residues: NDArray[np.uint32]
-) -> bytes:
-    """The masked update, packed and signed. `residues` (2^m,) are encoded and noised, in [0, 2^bits)."""
+def upload(state: Uploaded, masks: Sequence[tuple[bytes, int]], residues: NDArray[np.uint32]) -> bytes:
+    """The masked update, packed and authenticated. `residues` (2^m,) are encoded and noised, in [0, 2^bits)."""
     bits = Terms.parse(state.terms).encoding.bits
     total = in_lanes(residues, bits)
     add_masks(total, masks)
     np.bitwise_and(total, (1 << bits) - 1, out=total)
     content = pack(total, bits)
-    return content + signed(identity.key, "upload", state.context, hashlib.sha256(content).digest())
+    return content + Poly1305.generate_tag(state.upload_key, content)
 
 
 def agree(state: Uploaded, identity: Identity, survivors: bytes) -> tuple[Agreed, bytes]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from common.errors import ProtocolError
 from common.secagg.advertisement import Advertisement, advertisement_bytes
 from common.secagg.graph import neighbours_of
+from common.secagg.identity import KEY_BYTES
 from common.secagg.merkle import verify
 from common.secagg.terms import DIGEST_BYTES, Terms
 from common.secagg.wire import Reader, numbers, varint
@@ -20,6 +21,7 @@ class View:
         terms: of the attempt.
         devices: the numbers of all n devices, as :func:`devices_bytes` writes them.
         root: 32 bytes, of the Merkle tree over the roster's advertisements.
+        server_key: 32 bytes, X25519: what uploads are authenticated with.
         position: the device's own, in [0, n).
         own: its advertisement, as it is in the roster.
         neighbours: positions, increasing.
@@ -29,6 +31,7 @@ class View:
     terms: Terms
     devices: bytes
     root: bytes
+    server_key: bytes
     position: int
     own: Advertisement
     neighbours: list[int]
@@ -53,7 +56,7 @@ class View:
         listed = [
             gap + place for place, gap in enumerate(itertools.accumulate(reader.varint() for _ in range(terms.n)))
         ]
-        root, (position,) = reader.take(DIGEST_BYTES), reader.numbers("I")
+        root, server_key, (position,) = reader.take(DIGEST_BYTES), reader.take(KEY_BYTES), reader.numbers("I")
         if position >= terms.n:
             raise ProtocolError(f"Expected position={position} < n={terms.n}.")
         neighbours = neighbours_of(root, terms.n, terms.degree.neighbours, position).tolist()
@@ -67,7 +70,7 @@ class View:
             if found[-1].device != listed[place]:
                 raise ProtocolError(f"Expected position {place} to be of device {listed[place]}.", found[-1].device)
         reader.end()
-        return cls(terms, devices_bytes(listed), root, position, found[0], neighbours, found[1:])
+        return cls(terms, devices_bytes(listed), root, server_key, position, found[0], neighbours, found[1:])
 
 
 def devices_bytes(devices: Sequence[int]) -> bytes:
@@ -81,6 +84,8 @@ def place_bytes(leaf: bytes, proof: bytes) -> bytes:
     return leaf + numbers("B", len(proof) // DIGEST_BYTES) + proof
 
 
-def view_bytes(terms: Terms, devices: bytes, root: bytes, position: int, places: Sequence[bytes]) -> bytes:
+def view_bytes(
+    terms: Terms, devices: bytes, root: bytes, server_key: bytes, position: int, places: Sequence[bytes]
+) -> bytes:
     """What :meth:`View.parse` reads; `places` are the device's own and those of its neighbours."""
-    return b"".join([terms.to_bytes(), devices, root, numbers("I", position), *places])
+    return b"".join([terms.to_bytes(), devices, root, server_key, numbers("I", position), *places])

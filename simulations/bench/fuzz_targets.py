@@ -1,18 +1,18 @@
 """What `fedtopk bench fuzz` feeds with bytes: every reader of messages from the other side.
 
 A target may raise :class:`FedtopkError` and nothing else, and starts from the same state each time. Those of a stage of
-an attempt take it from one that is played here, by a few devices in memory. Where a signature would stop every changed
-byte, a target that ends in `-signed` signs the bytes first, as a malicious device can. What passes goes on to whoever
-relies on it: a roster and shares to an honest device, the last unmasking to the sum.
+an attempt take it from one that is played here, by a few devices in memory. Where a signature or a tag would stop every
+changed byte, a target that ends in `-signed` or `-tagged` adds it to the bytes first, as a malicious device can. What
+passes goes on to whoever relies on it: a roster and shares to an honest device, the last unmasking to the sum.
 """
 
-import hashlib
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 from common.errors import AggregationError, FedtopkError
 from common.privacy.encoding import Encoding
@@ -21,9 +21,9 @@ from common.secagg import member
 from common.secagg.advertisement import Advertisement
 from common.secagg.aggregate import Aggregate
 from common.secagg.identity import CERTIFICATE_BYTES, SIGNATURE_BYTES, Certificate, signed
-from common.secagg.keys import encapsulate, mask_key
+from common.secagg.keys import SEED_BYTES, encapsulate, mask_key, private_key
 from common.secagg.masks import lane
-from common.secagg.member import Advertised, Identity, Shared
+from common.secagg.member import TAG_BYTES, Advertised, Identity, Shared
 from common.secagg.packing import pack, unpack
 from common.secagg.roster import View
 from common.secagg.shares import read_inbox, read_parcels
@@ -111,10 +111,8 @@ class _Attempt:
         self._inbox = aggregate.inbox(_GOOD)
         received = [member.receive(shared[position][0], aggregate.inbox(position)) for position in range(_DROPPED)]
         self._uploaded, residues = received[_GOOD][0], np.arange(self.terms.encoding.padded, dtype=np.uint32)
-        uploads = [
-            member.upload(state, self._identities[position], masks, residues)
-            for position, (state, masks) in enumerate(received)
-        ]
+        self._upload_key = received[_BAD][0].upload_key
+        uploads = [member.upload(state, masks, residues) for state, masks in received]
         self._stage(aggregate, "take_upload", uploads)
         self._survivors = aggregate.fix_survivors()
         agreed = [
@@ -146,11 +144,14 @@ class _Attempt:
     def stages(self) -> list[Target]:
         """The others."""
         upload = self._valid["take_upload"]
-        seed, key = self.advertised[_GOOD].mask_seed, Advertisement.parse(self.advertised[_BAD].message, False).mask_key
+        own, key = (
+            private_key(self.advertised[_GOOD].mask_seed),
+            Advertisement.parse(self.advertised[_BAD].message, False).mask_key,
+        )
         return [
-            Target("mask_key", lambda content: mask_key(seed, content, _RUN, _GOOD, _BAD), [key], 0.5),
+            Target("mask_key", lambda content: mask_key(own, content, _RUN, _GOOD, _BAD), [key], 0.5),
             Target("Aggregate.take_upload", self._take("take_upload"), [upload]),
-            Target("Aggregate.take_upload-signed", self._take_signed_upload, [upload[:-SIGNATURE_BYTES]]),
+            Target("Aggregate.take_upload-tagged", self._take_tagged_upload, [upload[:-TAG_BYTES]]),
             Target("Aggregate.take_agreement", self._take("take_agreement"), [self._valid["take_agreement"]]),
             Target("Aggregate.take_unmasking", self._take_unmasking, [self._valid["take_unmasking"]]),
             Target(
@@ -172,7 +173,7 @@ class _Attempt:
         roster = [Advertisement.parse(state.message, self.terms.hybrid) for state in advertised]
         for advertisement in roster:
             advertisement.check(_RUN, self._identities[0].authority, _NOW)
-        return Aggregate(_RUN, replace(self.terms, n=len(roster)), roster)
+        return Aggregate(_RUN, replace(self.terms, n=len(roster)), roster, self._random(SEED_BYTES))
 
     def _share(self, position: int, content: bytes) -> tuple[Shared, bytes]:
         view = View.parse(content, _limited)
@@ -209,11 +210,9 @@ class _Attempt:
         aggregate.take_shares(_BAD, content)
         member.receive(self._shared, aggregate.inbox(_GOOD))
 
-    def _take_signed_upload(self, content: bytes) -> None:
-        key = self._identities[_BAD].key
-        signature = signed(key, "upload", self._shared.context, hashlib.sha256(content).digest())
+    def _take_tagged_upload(self, content: bytes) -> None:
         aggregate = self._restored("take_upload")
-        aggregate.take_upload(_BAD, content + signature)
+        aggregate.take_upload(_BAD, content + Poly1305.generate_tag(self._upload_key, content))
         aggregate.fix_survivors()
 
     def _take_unmasking(self, content: bytes) -> None:

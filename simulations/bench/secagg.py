@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -31,6 +31,7 @@ from common.secagg import member
 from common.secagg.advertisement import Advertisement
 from common.secagg.aggregate import Aggregate
 from common.secagg.graph import neighbours
+from common.secagg.keys import SEED_BYTES
 from common.secagg.member import Advertised, Agreed, Shared, Uploaded
 from common.secagg.packing import packed_bytes
 from common.secagg.roster import View
@@ -199,20 +200,21 @@ class _Attempt:
             roster.append(advertisement)
             self._count(position, up=state.message)
         with self.server("roster"):
-            self._aggregate = Aggregate(_RUN, self.terms, roster)
+            self._aggregate = Aggregate(_RUN, self.terms, roster, os.urandom(SEED_BYTES))
         return advertised
 
     def _share(self, advertised: list[Advertised]) -> dict[int, Shared]:
         first = View.parse(self._aggregate.view(0), _accept)
-        root, devices = first.root, first.devices
-        graph = neighbours(root, self.terms.n, self.terms.degree.neighbours).tolist()
+        graph = neighbours(first.root, self.terms.n, self.terms.degree.neighbours).tolist()
         checked = [_Checked.parse(state.message, self.terms.hybrid) for state in advertised]
         shared = {}
         for position, (identity, state) in enumerate(zip(self._identities, advertised, strict=True)):
             with self.server("roster"):
                 content = self._aggregate.view(position)
             theirs = [checked[place] for place in graph[position]]
-            view = View(self.terms, devices, root, position, checked[position], graph[position], theirs)
+            view = replace(
+                first, position=position, own=checked[position], neighbours=graph[position], advertisements=theirs
+            )
             with self._timed(position, "share"):
                 if position in self.sample:
                     view = View.parse(content, _accept)
@@ -234,7 +236,7 @@ class _Attempt:
         residues = np.random.default_rng(position).integers(0, 1 << encoding.bits, encoding.padded, np.uint32)
         add_residues(self._expected, residues, encoding.bits)
         with self._timed(position, "mask"):
-            message = member.upload(uploaded, self._identities[position], masks, residues)
+            message = member.upload(uploaded, masks, residues)
         with self.server("upload"):
             self._aggregate.take_upload(position, message)
         self.upload_bytes = len(message)

@@ -20,10 +20,10 @@ from common.privacy.encoding import Encoding, add_residues
 from common.settings import Settings, load_settings
 from server.cohort import release
 from server.nodes import Nodes
-from server.secure_sum import SecureSum
+from server.secure_sum import SecureSum, Trust
 from simulations.client_app import client_app
 from simulations.datasets import load
-from simulations.identities import simulated_authority
+from simulations.identities import simulated_authority, simulated_publisher
 from simulations.population import Population
 from simulations.simulate import load_split
 
@@ -54,16 +54,21 @@ def offer_of(settings: Settings = SETTINGS, round_: int = 3, attempt: int = 1) -
     return Offer(round_, attempt, parameters, encoding, settings)
 
 
+def trust_of(settings: Settings) -> Trust:
+    seed = settings.training.seed
+    return Trust(simulated_authority(seed), simulated_publisher(seed), load_split(settings).train.catalogue.digest)
+
+
 def secure(lost: Lost, settings: Settings = SETTINGS) -> tuple[SecureSum, InProcessGrid, list[dict[str, object]]]:
     """A cohort whose devices are found before anything is lost."""
     found: list[str] = []
     grid = InProcessGrid(client_app, N, settings.flat(), lambda kind, node: bool(found) and lost(kind, node), RUN_ID)
     events: list[dict[str, object]] = []
     cohort = SecureSum(
-        Nodes(grid, 10.0),
+        Nodes(grid, 10.0, {}),
         settings,
         run_digest(settings, RUN_ID),
-        simulated_authority(settings.training.seed),
+        trust_of(settings),
         lambda kind, round_=None, **fields: events.append({"kind": kind, "round": round_, **fields}),
     )
     cohort.find(N, N)

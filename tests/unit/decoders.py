@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from protocol import NOW, RUN, Play, identity_of, terms_of
+from protocol import NOW, RUN, SERVER_SEED, Play, identity_of, terms_of
 
 from client.guard import Policy
 from client.secure_upload import SecureUpload
 from common.errors import Refusal
-from common.messages import advertisement_of, body_of, content_of, model_bytes, model_of
+from common.messages import advertisement_of, body_of, content_of, model_bytes, read_arrays, signed_model_of
 from common.privacy.encoding import WIDTHS
 from common.secagg import member
 from common.secagg.advertisement import Advertisement
@@ -30,6 +30,7 @@ from common.secagg.shares import read_inbox, read_parcels
 from common.secagg.signatures import read_signatures
 from common.secagg.terms import Terms
 from common.secagg.wire import Reader
+from simulations.client_app import RecordedDevice
 
 PHONE = 0
 """Number and position of the device behind SecureUpload."""
@@ -70,12 +71,13 @@ class Disk(MutableMapping[str, ConfigRecord]):
         return len(self.content)
 
 
-@dataclass(frozen=True)
-class Pinned:
-    """What a device has pinned."""
+class Pinned(RecordedDevice):
+    """What a device has pinned, and what it keeps."""
 
-    identity: Identity
-    policy: Policy
+    def __init__(self, identity: Identity, policy: Policy, store: MutableMapping[str, ConfigRecord]) -> None:
+        super().__init__(store)
+        self.identity = identity
+        self.policy = policy
 
 
 class Phone:
@@ -86,11 +88,11 @@ class Phone:
     ):
         self.store = Disk() if store is None else store
         self.run = run
-        self._pinned = Pinned(identity_of(PHONE), policy)
+        self._pinned = Pinned(identity_of(PHONE), policy, self.store)
         self._random = random.Random("phone").randbytes
 
     def process(self) -> SecureUpload:
-        return SecureUpload(self._pinned, self.store, self.run, clock=lambda: NOW, random=self._random)
+        return SecureUpload(self._pinned, self.run, clock=lambda: NOW, random=self._random)
 
     def advertise(self) -> bytes:
         return self.process().advertise()
@@ -121,7 +123,7 @@ def meet(n: int, seed: int = 0, given: Mapping[int, bytes] | None = None, run: b
     }
     messages = {device: state.message for device, state in advertised.items()} | dict(given)
     roster = [Advertisement.parse(messages[device], terms.hybrid) for device in range(n)]
-    return Play(terms, Aggregate(run, terms, roster), identities, advertised, list(range(n)), random=draw)
+    return Play(terms, Aggregate(run, terms, roster, SERVER_SEED), identities, advertised, list(range(n)), random=draw)
 
 
 def residues_for(play: Play) -> np.ndarray:
@@ -191,7 +193,7 @@ def flags_in(content: bytes) -> list[bool]:
 
 
 def _model(content: bytes) -> dict[str, np.ndarray]:
-    return model_of(message_with(content_of(b"body", model=content)))
+    return read_arrays(signed_model_of(message_with(content_of(b"body", model=content)))[0])
 
 
 _rehearsal = rehearse(Phone())
@@ -230,7 +232,7 @@ DECODERS: list[tuple[str, Decoder]] = [
     ("member.unmask", lambda content: member.unmask(_play.agreed[_OTHER], content)),
     ("body_of", lambda content: body_of(message_with(content_of(content)))),
     ("advertisement_of", lambda content: advertisement_of(message_with(content_of(b"", advertisement=content)))),
-    ("model_of", _model),
+    ("read_arrays", _model),
     ("SecureUpload.share", partial(_answer, "share")),
     ("SecureUpload.upload", partial(_answer, "upload")),
     ("SecureUpload.agree", partial(_answer, "agree")),
@@ -260,6 +262,6 @@ VALID: dict[str, bytes] = {
     "member.unmask": _play.aggregate.signatures(_OTHER),
     "body_of": b"body",
     "advertisement_of": b"advertisement",
-    "model_of": model_bytes({"a": np.arange(3, dtype=np.float32)}),
+    "read_arrays": model_bytes({"a": np.arange(3, dtype=np.float32)}),
     **{f"SecureUpload.{stage}": request for stage, request in _rehearsal.requests.items()},
 }

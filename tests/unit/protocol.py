@@ -18,6 +18,7 @@ from common.secagg.terms import Terms
 
 RUN = bytes(range(32))
 NOW = 1_000.0
+SERVER_SEED = bytes(range(32, 64))
 STAGES = ("advertise", "share", "upload", "agree", "unmask")
 
 
@@ -76,8 +77,7 @@ class Play:
         for position in self.positions(absent):
             if position in self.shared:
                 state, masks = member.receive(self.shared[position], self.aggregate.inbox(position))
-                identity = self.identities[self.device_at[position]]
-                self.uploads[position] = member.upload(state, identity, masks, residues[position])
+                self.uploads[position] = member.upload(state, masks, residues[position])
                 self.aggregate.take_upload(position, self.uploads[position])
                 self.uploaded[position] = state
 
@@ -108,7 +108,7 @@ def begin(n: int, absent: Collection[int] = (), **changes: object) -> Play:
     roster = [Advertisement.parse(advertised[device].message, terms.hybrid) for device in devices]
     for advertisement in roster:
         advertisement.check(RUN, AUTHORITY.public_key().public_bytes_raw(), NOW)
-    return Play(terms, Aggregate(RUN, terms, roster), identities, advertised, devices)
+    return Play(terms, Aggregate(RUN, terms, roster, SERVER_SEED), identities, advertised, devices)
 
 
 def residues_of(play: Play, seed: int) -> np.ndarray:

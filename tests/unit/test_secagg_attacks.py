@@ -15,8 +15,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 from decoders import PHONE, POLICY, Disk, Phone, Rehearsal, meet, rehearse, residues_for
-from protocol import NOW, RUN, Play, anything, identity_of, key_of, plain_sum, residues_of
+from protocol import NOW, RUN, SERVER_SEED, Play, anything, identity_of, key_of, plain_sum, residues_of
 
 from client.device import participate
 from common.errors import AggregationError, FedtopkError, ProtocolError, Refusal
@@ -27,10 +28,10 @@ from common.secagg import member
 from common.secagg.advertisement import Advertisement
 from common.secagg.aggregate import Aggregate
 from common.secagg.graph import neighbours_of
-from common.secagg.identity import SIGNATURE_BYTES, signed
-from common.secagg.keys import mask_key, own_key, public_key
+from common.secagg.identity import signed
+from common.secagg.keys import mask_key, own_key, private_key, public_key, upload_key
 from common.secagg.masks import add_masks, in_lanes
-from common.secagg.member import Shared, sign_of
+from common.secagg.member import TAG_BYTES, Shared, sign_of
 from common.secagg.merkle import Tree
 from common.secagg.packing import unpack
 from common.secagg.roster import View, devices_bytes, place_bytes, view_bytes
@@ -76,7 +77,7 @@ def view_with(terms: Terms, leaves: Sequence[bytes], position: int, neighbours: 
     """The same with neighbours of the server's choice."""
     tree = Tree(leaves)
     places = [place_bytes(leaves[place], tree.proof(place)) for place in (position, *neighbours)]
-    return view_bytes(terms, devices_bytes(range(terms.n)), tree.root, position, places)
+    return view_bytes(terms, devices_bytes(range(terms.n)), tree.root, public_key(SERVER_SEED), position, places)
 
 
 def join(play: Play, position: int, view: bytes, now: float = NOW) -> Shared:
@@ -221,10 +222,10 @@ def revealed(play: Play, target: int, seed: bytes, own: Given, mask: Given) -> n
         return None
     seed, key, context = seed or secret(own), secret(mask), play.uploaded[target].context
     keys = [
-        (mask_key(key, public_key(play.advertised[p].mask_seed), context, target, p), -sign_of(target, p))
+        (mask_key(private_key(key), public_key(play.advertised[p].mask_seed), context, target, p), -sign_of(target, p))
         for p in neighbours
     ]
-    content = play.uploads[target][:-SIGNATURE_BYTES]
+    content = play.uploads[target][:-TAG_BYTES]
     update = in_lanes(unpack(content, play.terms.encoding.padded, bits).astype(np.uint32), bits)
     add_masks(update, [(own_key(seed, context), -1), *keys])
     return update
@@ -333,8 +334,8 @@ def test_terms_outside_the_policy_are_refused(name: str) -> None:
 def test_a_device_that_insists_on_hybrid_keys_gets_them() -> None:
     insisting = replace(POLICY, hybrid=True)
     with pytest.raises(Refusal, match="hybrid=False to be True"):
-        insisting.check(meet(3).terms, 0)
-    insisting.check(replace(meet(3).terms, hybrid=True), 0)
+        insisting.check(meet(3).terms, [], RUN)
+    insisting.check(replace(meet(3).terms, hybrid=True), [], RUN)
 
 
 def test_a_device_does_not_contribute_more_often_than_it_is_ready_to() -> None:
@@ -433,7 +434,7 @@ def test_an_expired_certificate_is_refused() -> None:
 def test_a_proof_for_another_position_is_refused() -> None:
     play = meet(10)
     leaves, tree = leaves_of(play), Tree(leaves_of(play))
-    head = play.terms.to_bytes() + devices_bytes(range(10)) + tree.root + struct.pack("<I", VICTIM)
+    head = play.terms.to_bytes() + devices_bytes(range(10)) + tree.root + bytes(32) + struct.pack("<I", VICTIM)
 
     def entry(place: int, leaf: int) -> bytes:
         proof = tree.proof(place)
@@ -468,7 +469,7 @@ def test_a_view_of_another_root_is_refused() -> None:
 def test_a_position_outside_the_roster_is_refused(position: int) -> None:
     play = meet(10)
     view = bytearray(view_of(play.terms, leaves_of(play), VICTIM))
-    view[TERMS_BYTES + 10 + 32 : TERMS_BYTES + 10 + 36] = struct.pack("<I", position)
+    view[TERMS_BYTES + 10 + 64 : TERMS_BYTES + 10 + 68] = struct.pack("<I", position)
     with pytest.raises(ProtocolError, match=f"position={position} < n=10"):
         join(play, VICTIM, bytes(view))
 
@@ -497,7 +498,7 @@ def test_a_server_refuses_a_roster_that_holds_a_device_twice() -> None:
     play = meet(10)
     roster = [Advertisement.parse(leaf, hybrid=False) for leaf in forge(play, leaves_of(play)[5])]
     with pytest.raises(AggregationError, match="10 different devices"):
-        Aggregate(RUN, play.terms, roster)
+        Aggregate(RUN, play.terms, roster, SERVER_SEED)
 
 
 @pytest.mark.parametrize("twin", [VICTIM, 5])
@@ -557,6 +558,15 @@ def test_a_point_of_low_order_is_refused(point: bytes) -> None:
             states[position], message = member.share(own, play.identities[position], view, NOW, play.random)
             parcels[position] = dict(zip(view.neighbours, read_parcels(message, 3, hybrid=False), strict=True))
         member.receive(states[VICTIM], inbox_bytes([parcels[dealer][VICTIM] for dealer in (0, 2, 3)]))
+
+
+def test_a_server_key_of_low_order_is_refused() -> None:
+    """With which uploads would be authenticated for anybody."""
+    play = meet(10)
+    play.share()
+    state = replace(play.shared[VICTIM], server_key=bytes(32))
+    with pytest.raises(ProtocolError, match="full order"):
+        member.receive(state, play.aggregate.inbox(VICTIM))
 
 
 @pytest.mark.parametrize("field", ["mask_key", "channel_key"])
@@ -831,19 +841,19 @@ def uploading() -> Play:
     play.upload(residues_for(play), absent={CULPRIT})
     state, masks = member.receive(play.shared[CULPRIT], play.aggregate.inbox(CULPRIT))
     play.uploaded[CULPRIT] = state
-    play.uploads[CULPRIT] = member.upload(state, play.identities[CULPRIT], masks, residues_for(play)[CULPRIT])
+    play.uploads[CULPRIT] = member.upload(state, masks, residues_for(play)[CULPRIT])
     return play
 
 
 UPLOADS: dict[str, tuple[Callable[[Play, bytes], bytes], str]] = {
-    "signed by a neighbour": (lambda play, own: own[:-64] + play.uploads[5][-64:], "signed by its sender"),
-    "of a neighbour": (lambda play, own: play.uploads[5], "signed by its sender"),
-    "changed": (lambda play, own: bytes([own[0] ^ 1]) + own[1:], "signed by its sender"),
-    "unsigned": (lambda play, own: own[:-64] + bytes(64), "signed by its sender"),
-    "of another attempt": (lambda play, own: uploaded_in_attempt_two(), "signed by its sender"),
-    "too short": (lambda play, own: own[1:], "upload of 79 bytes to have 80"),
-    "too long": (lambda play, own: b"\0" + own, "upload of 81 bytes to have 80"),
-    "empty": (lambda play, own: b"", "upload of 0 bytes to have 80"),
+    "with a neighbour's tag": (lambda play, own: own[:-16] + play.uploads[5][-16:], "of the device whose keys"),
+    "of a neighbour": (lambda play, own: play.uploads[5], "of the device whose keys"),
+    "changed": (lambda play, own: bytes([own[0] ^ 1]) + own[1:], "of the device whose keys"),
+    "without a tag": (lambda play, own: own[:-16] + bytes(16), "of the device whose keys"),
+    "of another attempt": (lambda play, own: uploaded_in_attempt_two(), "of the device whose keys"),
+    "too short": (lambda play, own: own[1:], "upload of 31 bytes to have 32"),
+    "too long": (lambda play, own: b"\0" + own, "upload of 33 bytes to have 32"),
+    "empty": (lambda play, own: b"", "upload of 0 bytes to have 32"),
 }
 
 
@@ -881,9 +891,10 @@ def test_a_device_that_did_not_share_does_not_upload() -> None:
     play = meet(10)
     play.share(absent={CULPRIT})
     play.upload(residues_for(play))
-    context = play.uploaded[VICTIM].context
+    state, context, key = play.advertised[CULPRIT], play.uploaded[VICTIM].context, public_key(SERVER_SEED)
     content = bytes(2 * play.terms.encoding.padded)
-    forged = content + signed(key_of(CULPRIT), "upload", context, subject(content))
+    tag_key = upload_key(private_key(state.channel_seed), key, context, CULPRIT)
+    forged = content + Poly1305.generate_tag(tag_key, content)
     with blames(CULPRIT, "share"):
         play.aggregate.take_upload(CULPRIT, forged)
 

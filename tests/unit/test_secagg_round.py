@@ -105,10 +105,10 @@ def test_what_the_messages_weigh() -> None:
     play.upload(residues_of(play, 5))
     play.agree()
     position = 7
-    signature, count = 64, play.terms.degree.neighbours
+    signature, tag, count = 64, 16, play.terms.degree.neighbours
     assert advertisement_bytes(hybrid=False) == 268
-    assert len(play.uploads[position]) == 2 * play.terms.encoding.padded + signature
-    up = 268 + count * (80 + 32) + signature + signature + 32 + count * 32
+    assert len(play.uploads[position]) == 2 * play.terms.encoding.padded + tag
+    up = 268 + count * (80 + 32) + tag + signature + 32 + count * 32
     down = sum(len(message) for message in (play.aggregate.view(position), play.aggregate.inbox(position)))
     assert up <= 20_000 and down + len(play.aggregate.signatures(position)) + 13 <= 128_000
-    assert unpack(play.uploads[position][:-signature], play.terms.encoding.padded, 16).dtype == np.uint16
+    assert unpack(play.uploads[position][:-tag], play.terms.encoding.padded, 16).dtype == np.uint16

@@ -17,10 +17,9 @@ from scipy.stats import chisquare, hypergeom, norm
 from common.privacy.encoding import Encoding, decode, encode
 from common.privacy.randomness import seeded_stream
 from common.privacy.rotation import random_signs
-from common.secagg.identity import SIGNATURE_BYTES
-from common.secagg.keys import mask_key, own_key, public_key
+from common.secagg.keys import mask_key, own_key, private_key, public_key
 from common.secagg.masks import Lanes, add_masks
-from common.secagg.member import sign_of
+from common.secagg.member import TAG_BYTES, sign_of
 from common.secagg.packing import pack, unpack
 
 ITEMS, WIDTH, READ = 256, 64, 20
@@ -68,7 +67,7 @@ def played(bits: int) -> Play:
 def masked(play: Play, position: int) -> Lanes:
     """(2^m,) what the server receives of one device."""
     encoding = play.terms.encoding
-    return unpack(play.uploads[position][:-SIGNATURE_BYTES], encoding.padded, encoding.bits)
+    return unpack(play.uploads[position][:-TAG_BYTES], encoding.padded, encoding.bits)
 
 
 def without_own_mask(play: Play, position: int) -> Lanes:
@@ -81,11 +80,12 @@ def without_own_mask(play: Play, position: int) -> Lanes:
 def without_common_masks(play: Play, position: int) -> Lanes:
     """What the server has of an upload that comes after its device was taken for silent."""
     state, total = play.shared[position], masked(play, position).copy()
+    own = private_key(state.mask_seed)
     keys = {other: public_key(play.shared[other].mask_seed) for other in state.neighbours}
     add_masks(
         total,
         [
-            (mask_key(state.mask_seed, key, state.context, position, other), -sign_of(position, other))
+            (mask_key(own, key, state.context, position, other), -sign_of(position, other))
             for other, key in keys.items()
         ],
     )

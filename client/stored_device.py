@@ -1,0 +1,160 @@
+"""A real device: what the ClientApp needs of one, from its own encrypted store."""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import ConfigRecord
+
+from client.device_contents import Event, ReceivedModel
+from client.device_store import DeviceStore
+from client.guard import Policy
+from client.ledger import Charge
+from common.catalogue import Catalogue
+from common.enrolment import Enrolment
+from common.errors import ModelError, ProtocolError, Refusal, RunError
+from common.invitation import Invitation
+from common.secagg.identity import Certificate
+from common.secagg.member import Identity
+from common.secagg.wire import Reader
+from common.settings import Settings
+
+if TYPE_CHECKING:
+    from common.trajectory import Trajectories
+
+IDENTITY_KEY, TRANSPORT_KEY, ENROLMENT, INVITATION = "identity key", "transport key", "enrolment", "invitation"
+"""Names of the store's records: 32 secret bytes, a PEM, the authority's JSON, and the operator's."""
+
+Condition = Callable[[], str]
+"""Why the device does not want to take part now; empty where it does."""
+
+
+class StoredDevice:
+    """The device of an open store, in a run of some settings.
+
+    Args:
+        condition: asked before every participation.
+
+    Raises :class:`RunError` where it was not enrolled or has not joined.
+    """
+
+    def __init__(self, store: DeviceStore, settings: Settings, condition: Condition = str) -> None:
+        self._store = store
+        self._settings = settings
+        self._condition = condition
+        self._enrolment = Enrolment.parse(_record(store, ENROLMENT, "enrolled: fedtopk device enrol"))
+        self._invitation = Invitation.parse(_record(store, INVITATION, "joined to a server: fedtopk device join"))
+        self.records: MutableMapping[str, ConfigRecord] = _ConfigRecords(store.records)
+
+    @cached_property
+    def identity(self) -> Identity:
+        certificate = Certificate.read(Reader(bytes.fromhex(self._enrolment.certificate), "a certificate"))
+        key = Ed25519PrivateKey.from_private_bytes(self._store.records[IDENTITY_KEY])
+        return Identity(key, certificate, bytes.fromhex(self._enrolment.authority))
+
+    @property
+    def policy(self) -> Policy:
+        """The pinned one. Raises :class:`Refusal` where there is none."""
+        policy = self._store.load_policy()
+        if policy is None:
+            raise Refusal("This device does not take part: it has pinned no policy.")
+        return policy
+
+    @property
+    def number(self) -> int:
+        return self.identity.certificate.device
+
+    @property
+    def items(self) -> int:
+        return len(self._catalogue)
+
+    @property
+    def catalogue(self) -> bytes:
+        return self._catalogue.digest
+
+    @property
+    def publisher(self) -> bytes:
+        return bytes.fromhex(self._invitation.publisher)
+
+    def charges(self) -> list[Charge]:
+        return [Charge.parse(entry) for entry in self._store.charges()]
+
+    def charge(self, charge: Charge) -> None:
+        self._store.charge(charge.to_json().encode())
+
+    def window(self, round_: int) -> "Trajectories":
+        """As :meth:`simulations.population.Population.windows` for this one user."""
+        from common.objective import returns_of
+        from common.trajectory import pad, rewards_of, window_starts
+
+        training, objective = self._settings.training, self._settings.objective
+        items, ratings = known(self._store.events(), self._catalogue)
+        rewards = rewards_of(ratings, self._settings.data.rating_range)
+        length, device = np.array([len(items)]), np.array([self.number])
+        starts = window_starts(training.seed, round_, device, length, training.window)
+        steps = np.minimum(length, training.window)
+        return pad(items, rewards, returns_of(rewards, objective.discount), starts, steps, training.support_fraction)
+
+    def load_user(self) -> np.ndarray | None:
+        """Raises :class:`ModelError` where it is of another width than the run's."""
+        user, width = self._store.load_user(), self._settings.model.user_width
+        if user is not None and len(user) != width:
+            raise ModelError(f"Expected the stored user embedding of width {len(user)} to have the run's, {width}.")
+        return user
+
+    def save_user(self, user: np.ndarray) -> None:
+        self._store.save_user(user)
+
+    def keep_model(self, content: bytes, metadata: Mapping[str, str]) -> None:
+        """Raises :class:`ProtocolError` for an older one than the device has of the same run."""
+        stored = self._store.load_model()
+        if stored is not None and stored.metadata["run_id"] == metadata["run_id"]:
+            newest, round_ = int(stored.metadata["round"]), int(metadata["round"])
+            if round_ < newest:
+                raise ProtocolError(f"Expected a model of {round_} rounds to be of at least {newest}.")
+        self._store.save_model(ReceivedModel(content, metadata))
+
+    def expect_willing(self) -> None:
+        if reason := self._condition():
+            raise Refusal(f"This device does not take part now: {reason}")
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        return self._invitation.catalogue
+
+
+def known(events: list[Event], catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) indices and ratings of the events whose items the catalogue has, oldest first."""
+    index = {str(item): at for at, item in enumerate(catalogue.ids)}
+    found = [(index[event.item], event.rating) for event in events if event.item in index]
+    return np.array([item for item, _ in found], np.int64), np.array([rating for _, rating in found], np.float64)
+
+
+class _ConfigRecords(MutableMapping[str, ConfigRecord]):
+    """Flower's records over a store's values."""
+
+    def __init__(self, values: MutableMapping[str, bytes]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> ConfigRecord:
+        return ConfigRecord.inflate(self._values[name])
+
+    def __setitem__(self, name: str, record: ConfigRecord) -> None:
+        self._values[name] = record.deflate()
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _record(store: DeviceStore, name: str, expected: str) -> bytes:
+    if name not in store.records:
+        raise RunError(f"Expected this device to be {expected}.")
+    return store.records[name]

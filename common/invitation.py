@@ -1,0 +1,65 @@
+"""What a server's operator hands out to those who run devices: where the server is, whom to believe, which items the
+model is of, and under which terms devices are asked to take part. A small JSON document; nothing in it is secret.
+
+A device pins all of it when it joins. That the document is the operator's is for whoever hands it over to see to, as
+with the authority's public key.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from common.catalogue import Catalogue
+from common.errors import DataError
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """The document.
+
+    Attributes:
+        server: ``host:port`` that devices connect to.
+        root_certificate: PEM, with which the server's TLS certificate is verified.
+        authority: hexadecimal, the enrolment authority's public key.
+        publisher: hexadecimal, the public key that models are signed with.
+        items: id and title of each item, in the catalogue's order.
+        policy: the terms proposed, by the names of :class:`client.guard.Policy`.
+    """
+
+    server: str
+    root_certificate: str
+    authority: str
+    publisher: str
+    items: list[tuple[str, str]]
+    policy: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> "Invitation":
+        """Raises :class:`DataError`."""
+        try:
+            found = TypeAdapter(cls).validate_json(text)
+            if len(bytes.fromhex(found.authority)) != 32 or len(bytes.fromhex(found.publisher)) != 32:
+                raise ValueError("its keys do not have 32 bytes")
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join(str(part) for part in detail["loc"])
+            raise DataError(
+                f"Expected an invitation, as `fedtopk server init` writes it: {where} {detail['msg']}."
+            ) from None
+        except ValueError as error:
+            raise DataError(f"Expected an invitation, as `fedtopk server init` writes it: {error}.") from None
+        if len({item for item, _ in found.items}) != len(found.items) or not found.items:
+            raise DataError("Expected the items of an invitation to be different, and some.")
+        return found
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items."""
+        ids, titles = zip(*self.items, strict=True)
+        return Catalogue(np.array(ids, object), np.array(titles, object))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)

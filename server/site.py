@@ -1,0 +1,163 @@
+"""A server's folder: its keys and certificates, the run's settings and catalogue, and who is enrolled.
+
+::
+
+    DIR/settings.toml      of the runs to come
+    DIR/catalogue.csv      the public items, most frequent first
+    DIR/authority.pub      of the enrolment authority, which is somebody else's
+    DIR/publisher.key      signs the models; devices pin its public key
+    DIR/tls/               the server's certificate, its key, and what devices verify it with
+    DIR/invitation.json    all that a device has to know of the server
+    DIR/enrolments/        what the authority wrote for each device (`fedtopk authority enrol --out`)
+    DIR/revoked.json       the authority's list; read again before every round
+"""
+
+import csv
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
+from common.catalogue import Catalogue
+from common.enrolment import Enrolment, Revocations
+from common.errors import DataError, ProtocolError, RunError
+from common.invitation import Invitation
+from common.settings import Settings, load_settings
+from server.durable import make_folder, replacing
+from server.superlink import Tls
+from server.tls import CA, CERTIFICATE, KEY, make_tls
+
+SETTINGS, CATALOGUE, AUTHORITY, PUBLISHER = "settings.toml", "catalogue.csv", "authority.pub", "publisher.key"
+INVITATION, ENROLMENTS, REVOKED, TLS = "invitation.json", "enrolments", "revoked.json", "tls"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server's folder. All that reads raises :class:`RunError` where a file is missing or not what it should be."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        address: str,
+        hosts: Sequence[str],
+        settings: Settings,
+        catalogue: Catalogue,
+        authority: bytes,
+        policy: Mapping[str, Any],
+    ) -> "Site":
+        """Make one. Raises :class:`RunError` where there is one already.
+
+        Args:
+            address: ``host:port`` that devices connect to.
+            hosts: names and addresses that the certificate is for, beside loopback's.
+            policy: the terms proposed to devices.
+        """
+        make_folder(path)
+        if (path / SETTINGS).exists():
+            raise RunError(f"Expected {path} to hold no server yet.")
+        make_tls(path / TLS, hosts, now=datetime.now(UTC))
+        publisher = Ed25519PrivateKey.generate()
+        with replacing(path / PUBLISHER) as file:
+            file.touch(mode=0o600)
+            file.write_bytes(publisher.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        items = [(str(item), str(title)) for item, title in zip(catalogue.ids, catalogue.titles, strict=True)]
+        with replacing(path / CATALOGUE) as file, file.open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([("item", "title"), *items])
+        invitation = Invitation(
+            server=address,
+            root_certificate=(path / TLS / CA).read_text(encoding="ascii"),
+            authority=authority.hex(),
+            publisher=publisher.public_key().public_bytes_raw().hex(),
+            items=items,
+            policy=dict(policy),
+        )
+        make_folder(path / ENROLMENTS)
+        texts = {AUTHORITY: authority.hex() + "\n", INVITATION: invitation.to_json(), SETTINGS: settings.to_toml()}
+        for name, text in texts.items():
+            with replacing(path / name) as file:
+                file.write_text(text, encoding="utf-8")
+        return cls(path)
+
+    @property
+    def settings(self) -> Settings:
+        if not (self.path / SETTINGS).exists():
+            raise RunError(f"Expected {self.path} to be a server's folder: fedtopk server init makes one.")
+        return load_settings(self.path / SETTINGS)
+
+    @property
+    def tls(self) -> Tls:
+        folder = self.path / TLS
+        return Tls(folder / CERTIFICATE, folder / KEY, folder / CA)
+
+    @cached_property
+    def authority(self) -> bytes:
+        try:
+            return bytes.fromhex(self._text(AUTHORITY))
+        except ValueError:
+            raise RunError(f"Expected {self.path / AUTHORITY} to hold a hexadecimal key.") from None
+
+    @property
+    def publisher(self) -> Ed25519PrivateKey:
+        key = load_pem_private_key(self._text(PUBLISHER).encode(), None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise RunError(f"Expected {self.path / PUBLISHER} to be an Ed25519 key.")
+        return key
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return read_catalogue(self.path / CATALOGUE)
+
+    def enrolled(self) -> dict[int, str]:
+        """Transport keys of all devices that are enrolled as of now and not revoked, by their numbers."""
+        revoked, found = self.revoked(), dict[int, str]()
+        for path in sorted((self.path / ENROLMENTS).glob("*.json")):
+            try:
+                enrolment = Enrolment.parse(path.read_bytes())
+                certificate = enrolment.checked(self.authority, time.time())
+            except (OSError, ProtocolError) as error:
+                raise RunError(f"Expected {path} to be a valid enrolment, or not there: {error}") from None
+            if certificate.device not in revoked:
+                found[certificate.device] = enrolment.transport
+        return found
+
+    def revoked(self) -> frozenset[int]:
+        """Numbers of the revoked devices, by the authority's list of now."""
+        path = self.path / REVOKED
+        if not path.exists():
+            return frozenset()
+        try:
+            return frozenset(Revocations.parse(path.read_bytes(), self.authority).devices)
+        except (OSError, ProtocolError) as error:
+            raise RunError(f"Expected {path} to be the authority's revocation list: {error}") from None
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"Expected {self.path / name} to be readable: {error}.") from None
+
+
+def read_catalogue(path: Path) -> Catalogue:
+    """A catalogue from a csv file with the columns item and title (or item alone), most frequent first.
+
+    Raises :class:`DataError`.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"Expected {path} to be a readable csv file: {error}.") from None
+    ids = [row.get("item") or "" for row in rows]
+    if not all(ids) or len(set(ids)) != len(ids) or not ids:
+        raise DataError(f"Expected {path} to have a column item with a different item in every line.")
+    return Catalogue(np.array(ids, object), np.array([row.get("title") or row["item"] for row in rows], object))
