@@ -25,6 +25,8 @@ from server.training import Progress
 logger = logging.getLogger("flwr")
 
 _TIMEOUT_SECONDS = 600.0
+_POPULATION = "population"
+_NO_NODE = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def serve(
     """Train over the Grid's devices, and write the run folder. Returns the report."""
     with folder.open(settings, resume) as store:
         events, run = Events(store, time.time), run_digest(settings, run_id)
-        nodes = Nodes(grid, deployment.timeout, deployment.node_of)
+        nodes = Nodes(grid, deployment.timeout, _population(events, deployment.node_of))
         cohort = SecureSum(nodes, settings, run, deployment.trust, events.record)
         deployment.gather(cohort)
         training = open_training(settings, folder, store, cohort, deployment.items)
@@ -106,6 +108,15 @@ def serve(
         report = build_report(training, outcome, deployment.evaluate(outcome.parameters))
         folder.save_report(report)
     return report
+
+
+def _population(events: Events, node_of: Mapping[int, int]) -> Mapping[int, int]:
+    """The devices of the run, which stay the same when it is gone on with: q, N and the budget are for these."""
+    recorded = events.read(kinds=[_POPULATION])
+    if not recorded:
+        events.record(_POPULATION, devices=sorted(node_of))
+        return node_of
+    return {device: node_of.get(device, _NO_NODE) for device in recorded[0].fields["devices"]}
 
 
 def _log(progress: Progress) -> None:

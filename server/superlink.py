@@ -1,4 +1,4 @@
-"""Flower's SuperLink as a child process on loopback, and what this process asks of it: to know the devices' keys, and to
+"""Flower's SuperLink as a child process on loopback, and what this process asks of it: to know the devices, and to
 begin a run whose ServerApp is here.
 
 Devices reach it through :mod:`server.gateway` alone. The bundle that a run needs holds its settings and no code.
@@ -107,7 +107,14 @@ def superlink(tls: Tls, folder: Path, log: IO[bytes]) -> Iterator[SuperLink]:
     with secret_files(runtime.secret) as [(descriptor, path)]:
         words = [
             program("flower-superlink"),
-            *("--ssl-certfile", str(tls.certificate), "--ssl-keyfile", str(tls.key), "--ssl-ca-certfile", str(tls.root)),
+            *(
+                "--ssl-certfile",
+                str(tls.certificate),
+                "--ssl-keyfile",
+                str(tls.key),
+                "--ssl-ca-certfile",
+                str(tls.root),
+            ),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process"),
             *("--superexec-auth-secret-file", path, "--database", str(folder / "superlink.sqlite")),
             *("--host", "127.0.0.1", "--port", runtime.address.split(":")[1]),
@@ -136,7 +143,9 @@ def _await_start(control: ControlHttpClient, ended: Callable[[], int | None]) ->
             return
         except httpx.TransportError:
             time.sleep(_POLL_SECONDS)
-    raise RunError(f"Expected Flower's SuperLink to start within {_PATIENCE_SECONDS:g} s; its log says why it does not.")
+    raise RunError(
+        f"Expected Flower's SuperLink to start within {_PATIENCE_SECONDS:g} s; its log says why it does not."
+    )
 
 
 def _bundle(settings: Settings) -> bytes:
