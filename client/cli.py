@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 device_app = typer.Typer(help="A device: its keys, its user's history, its end.", no_args_is_help=True)
 
-IDENTITY_KEY, TRANSPORT_KEY, ENROLMENT = "identity key", "transport key", "enrolment"
-"""Names of the store's records: 32 secret bytes, a PEM, and the authority's JSON."""
-
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The device's folder.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 KeyFileOption = Annotated[
@@ -41,19 +38,9 @@ def init(
     format: FormatOption = "text",
 ) -> None:
     """Make a device's encrypted store and its keys."""
-    from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+    from client.joining import make_device
 
-    from client.device_store import DeviceStore
-    from common.enrolment import Request
-
-    identity, transport = Ed25519PrivateKey.generate(), generate_private_key(SECP384R1())
-    public = transport.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-    with DeviceStore.create(folder, _source(folder, key_file, passphrase, keyring)) as store, store.transaction():
-        store.records[IDENTITY_KEY] = identity.private_bytes_raw()
-        store.records[TRANSPORT_KEY] = transport.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    _write(request, Request.make(identity, public).to_json())
+    _write(request, make_device(folder, _source(folder, key_file, passphrase, keyring)).to_json())
     found = {"device": str(folder), "request": str(request)}
     answer(format, found, lambda: f"Have {request} certified (`fedtopk authority enrol`), then `fedtopk device enrol`.")
 
@@ -69,25 +56,66 @@ def enrol(
     format: FormatOption = "text",
 ) -> None:
     """Check the authority's enrolment and keep it."""
-    import time
-
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
+    from client.joining import enrol as keep
     from common.enrolment import Enrolment
 
     try:
         pinned = bytes.fromhex(authority)
     except ValueError:
         raise SettingsError(f"Expected --authority {authority} to be hexadecimal.") from None
-    content = Enrolment.parse(_read(enrolment))
-    certificate = content.checked(pinned, time.time())
     with _opened(folder, key_file, passphrase, keyring) as store:
-        own = Ed25519PrivateKey.from_private_bytes(store.records[IDENTITY_KEY]).public_key().public_bytes_raw()
-        if certificate.key != own:
-            raise DataError(f"Expected {enrolment} to be of this device's key.")
-        store.records[ENROLMENT] = content.to_json().encode()
+        certificate = keep(store, Enrolment.parse(_read(enrolment)), pinned)
     found = {"device": certificate.device, "expires": certificate.expires}
     answer(format, found, lambda: f"This is device {certificate.device}.")
+
+
+@device_app.command()
+def join(
+    folder: FolderArgument,
+    invitation: Annotated[Path, typer.Argument(metavar="INVITATION", help="What `fedtopk server init` wrote.")],
+    policy_file: Annotated[
+        Path | None, typer.Option("--policy", help="TOML with what to insist on instead of what the server proposes.")
+    ] = None,
+    key_file: KeyFileOption = None,
+    passphrase: PassphraseOption = None,
+    keyring: KeyringOption = False,
+    format: FormatOption = "text",
+) -> None:
+    """Pin a server: its certificate, its models' publisher, its catalogue, and the terms to take part under."""
+    from client.guard import Policy, with_changes
+    from client.joining import join as pin
+    from common.invitation import Invitation
+    from common.settings import load_toml
+
+    content = Invitation.parse(_read(invitation))
+    policy = with_changes(Policy.of(load_toml(content.settings)), _read(policy_file) if policy_file else "")
+    with _opened(folder, key_file, passphrase, keyring) as store:
+        pin(store, content, policy)
+    found = {"server": content.server, "items": len(content.items), "policy": asdict(policy)}
+    words = "".join(f"\n- {line}" for line in policy.in_words())
+    answer(format, found, lambda: f"This device takes part with {content.server} in sums that have{words}")
+
+
+@device_app.command()
+def start(
+    folder: FolderArgument,
+    condition: Annotated[
+        str, typer.Option("--condition", help="Command that must succeed before each participation, or says why not.")
+    ] = "",
+    log: Annotated[Path | None, typer.Option("--log", help="File for the words of Flower's SuperNode.")] = None,
+    key_file: KeyFileOption = None,
+    passphrase: PassphraseOption = None,
+    keyring: KeyringOption = False,
+) -> None:
+    """Answer the server until Ctrl-C: take part in rounds, and receive its models."""
+    from client.agent import Agent
+    from client.conditions import command
+    from common.console import stderr, stopping
+
+    source = _source(folder, key_file, passphrase, keyring)
+    with (log or folder / "supernode.log").open("ab") as words, stopping("Leaving.") as should_stop:
+        agent = Agent(folder, source, command(condition), lambda line: stderr.print(line, highlight=False), words)
+        agent.run(should_stop)
 
 
 @device_app.command("add-events")

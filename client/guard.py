@@ -1,13 +1,18 @@
 """What a device insists on, whatever a server offers: its own pinned policy."""
 
+import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+
+from pydantic import TypeAdapter, ValidationError
 
 from client.ledger import Charge, epsilon_server
-from common.errors import Refusal
+from common.errors import Refusal, SettingsError
 from common.privacy.encoding import WIDTHS
 from common.secagg.terms import Terms
 from common.settings import Settings
+
+_DELTA = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Policy:
     maximum_contributions: int
     hybrid: bool
     maximum_epsilon_server: float = 0.0
-    delta: float = 1e-6
+    delta: float = _DELTA
     own_coins: bool = False
     reproducible: bool = False
 
@@ -55,9 +60,24 @@ class Policy:
             guard.minimum_noise_multiplier,
             guard.maximum_contributions,
             aggregation.hybrid,
+            guard.maximum_epsilon_server,
+            settings.privacy.delta or _DELTA,
             own_coins=settings.training.coins == "device",
             reproducible=settings.reproducible,
         )
+
+    def in_words(self) -> list[str]:
+        """What the device insists on, for its owner."""
+        contributions, epsilon = self.maximum_contributions, self.maximum_epsilon_server
+        return [
+            f"between {self.minimum_cohort} and {self.maximum_cohort} devices in a sum, of which up to "
+            f"{self.corrupt:.0%} may be the server's friends and {self.dropout:.0%} may fall silent",
+            f"noise of at least {self.minimum_noise_multiplier:g} times the most that this device adds "
+            f"({self.maximum_clip:g})" + (", which may be reproducible: for trying things out" * self.reproducible),
+            f"at most {contributions} uploads" if contributions else "any number of uploads",
+            f"ε_server of at most {epsilon:g} at δ={self.delta:g} for all of them" if epsilon else "any ε_server",
+            *(["rounds for which its own coin falls so"] if self.own_coins else []),
+        ]
 
     def check_run(self, settings: Settings) -> None:
         """Whether this device takes part in such a run at all. Raises :class:`Refusal`."""
@@ -98,3 +118,15 @@ def _demand(*demands: tuple[bool, str]) -> None:
     broken = [demand for met, demand in demands if not met]
     if broken:
         raise Refusal(f"This device does not take part: expected {', '.join(broken)}.")
+
+
+def with_changes(policy: Policy, text: str) -> Policy:
+    """The policy with the values of a TOML text, by the names of its fields. Raises :class:`SettingsError`."""
+    try:
+        changes = tomllib.loads(text)
+        unknown = changes.keys() - {field.name for field in fields(policy)}
+        if unknown:
+            raise SettingsError(f"Expected a policy to have the fields of {Policy.__name__}, not {sorted(unknown)}.")
+        return TypeAdapter(Policy).validate_python(asdict(policy) | changes)
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise SettingsError(f"Expected a policy as TOML: {error}.") from None

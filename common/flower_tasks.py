@@ -54,7 +54,10 @@ class Runtime:
 
     def acquire(self, kind: TaskType) -> str:
         """The token of the next task of a kind; empty where there is none, or nobody to ask."""
-        with suppress(httpx.HTTPError), self._client(SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=_ACQUIRE)) as client:
+        with (
+            suppress(httpx.HTTPError),
+            self._client(SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=_ACQUIRE)) as client,
+        ):
             answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
             return str(answer.token) if answer.HasField("task") else ""
         return ""

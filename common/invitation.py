@@ -7,13 +7,13 @@ with the authority's public key.
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from common.catalogue import Catalogue
-from common.errors import DataError
+from common.errors import DataError, SettingsError
+from common.settings import load_toml
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Invitation:
         authority: hexadecimal, the enrolment authority's public key.
         publisher: hexadecimal, the public key that models are signed with.
         items: id and title of each item, in the catalogue's order.
-        policy: the terms proposed, by the names of :class:`client.guard.Policy`.
+        settings: of the runs to come, as TOML; a device derives its policy from them unless its owner has another one.
     """
 
     server: str
@@ -34,13 +34,14 @@ class Invitation:
     authority: str
     publisher: str
     items: list[tuple[str, str]]
-    policy: dict[str, Any]
+    settings: str
 
     @classmethod
     def parse(cls, text: str | bytes) -> "Invitation":
         """Raises :class:`DataError`."""
         try:
             found = TypeAdapter(cls).validate_json(text)
+            load_toml(found.settings)
             if len(bytes.fromhex(found.authority)) != 32 or len(bytes.fromhex(found.publisher)) != 32:
                 raise ValueError("its keys do not have 32 bytes")
         except ValidationError as error:
@@ -49,7 +50,7 @@ class Invitation:
             raise DataError(
                 f"Expected an invitation, as `fedtopk server init` writes it: {where} {detail['msg']}."
             ) from None
-        except ValueError as error:
+        except (ValueError, SettingsError) as error:
             raise DataError(f"Expected an invitation, as `fedtopk server init` writes it: {error}.") from None
         if len({item for item, _ in found.items}) != len(found.items) or not found.items:
             raise DataError("Expected the items of an invitation to be different, and some.")

@@ -27,8 +27,8 @@ def run_digest(settings: Settings, run_id: int) -> bytes:
 
 def content_of(body: bytes, *, advertisement: bytes = b"", model: bytes = b"", signature: bytes = b"") -> RecordDict:
     """What a Message carries: a body of the secure aggregation; with the advertisement for a next attempt on the way
-    from an unmasking, and with the model and its publisher's signature on the way to an upload. The model is a record of
-    its own, of which Flower then keeps and sends the server one copy for all devices."""
+    from an unmasking, and with the model and its publisher's signature on the way to an upload. The model is a record
+    of its own, of which Flower keeps one copy for all devices."""
     records = {"secure": ConfigRecord({"body": body, "advertisement": advertisement})}
     if model:
         records["model"] = ConfigRecord({"content": model, "signature": signature})

@@ -275,6 +275,8 @@ class GuardSettings(_Section):
     """Least z."""
     maximum_contributions: int = Field(0, ge=0)
     """κ, how often a device uploads; 0: as often as it is asked."""
+    maximum_epsilon_server: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Most that all uploads of a device may tell the server, as ε at `privacy.delta`, or 1e-6 without one; 0: any."""
 
 
 class EvaluationSettings(_Section):
@@ -401,6 +403,14 @@ def parse_flat(flat: Mapping[str, Any]) -> Settings:
         if key != OUT:
             _put(tree, key, value)
     return parse_settings(tree)
+
+
+def load_toml(text: str) -> Settings:
+    """Read the TOML of :meth:`Settings.to_toml`. Raises :class:`SettingsError`."""
+    try:
+        return parse_settings(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"Expected settings as TOML: {error}.") from None
 
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:

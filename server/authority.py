@@ -90,6 +90,11 @@ class Authority:
         authority._write_revocations([])
         return authority
 
+    @property
+    def public(self) -> bytes:
+        """32 bytes, its public key."""
+        return self._key.public_key().public_bytes_raw()
+
     def enrol(
         self, request: Request, expires: int, now: int, *, name: str = "", device: int | None = None
     ) -> Enrolment:

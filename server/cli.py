@@ -1,17 +1,22 @@
-"""`fedtopk authority`: the enrolment authority's commands."""
+"""`fedtopk authority` and `fedtopk server`: whoever says who is a device, and whoever adds up their updates."""
 
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from common.console import Format, answer
-from common.errors import RunError
+from common.errors import RunError, SettingsError
+
+if TYPE_CHECKING:
+    from server.training import Progress
 
 authority_app = typer.Typer(help="The enrolment authority: who is a device.", no_args_is_help=True)
+
+server_app = typer.Typer(help="The server: trains over real devices.", no_args_is_help=True)
 
 _DAY = 24 * 3600
 
@@ -82,6 +87,76 @@ def list_(folder: FolderArgument, format: FormatOption = "text") -> None:
     now = time.time()
     entries = [asdict(entry) | {"status": _status(asdict(entry), now)} for entry in read_register(folder)]
     answer(format, entries, lambda: _table(entries))
+
+
+@server_app.command("init")
+def server_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")],
+    address: Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="Where devices connect to.")],
+    authority: Annotated[str, typer.Option("--authority", help="The enrolment authority's public key.")],
+    catalogue: Annotated[
+        Path, typer.Option("--catalogue", metavar="CSV", help="The public items, most frequent first: item, title.")
+    ],
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting.")] = None,
+    format: FormatOption = "text",
+) -> None:
+    """Make a server's folder: its certificate, the key that signs its models, and the invitation for devices."""
+    from common.settings import load_settings
+    from server.app import expect_secure
+    from server.site import INVITATION, Site, read_catalogue
+
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal():
+        raise SettingsError(f"Expected --address={address} to be HOST:PORT.")
+    try:
+        key = bytes.fromhex(authority)
+    except ValueError:
+        raise SettingsError(f"Expected --authority={authority} to be hexadecimal.") from None
+    settings = load_settings(config, ["aggregation.kind=secure", *(overrides or ())])
+    expect_secure(settings)
+    site = Site.create(folder, address, [host.strip("[]")], settings, read_catalogue(catalogue), key)
+    found = {"server": str(site.path), "invitation": str(site.path / INVITATION)}
+    answer(format, found, lambda: f"Give {found['invitation']} to those who run devices, by a way that they trust.")
+
+
+@server_app.command("start")
+def server_start(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int | None, typer.Option("--port", help="By default that of the invitation.")] = None,
+    wait: Annotated[int, typer.Option("--wait", min=0, help="Devices to begin with; 0: all that are enrolled.")] = 0,
+    patience: Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for them.")] = 600.0,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a device has to answer.")] = 120.0,
+    format: FormatOption = "text",
+) -> None:
+    """Train over the devices that are enrolled and connect; Ctrl-C stops after the round."""
+    from common.console import stderr, stopping
+    from server.deployment import Service, run_server
+    from server.run_folder import RunFolder
+    from server.site import Site
+
+    site = Site(folder)
+    bound = int(site.invitation.server.rpartition(":")[2]) if port is None else port
+    with (
+        (folder / "superlink.log").open("ab") as log,
+        stopping("Stopping after this round; press Ctrl-C again to break it off.") as should_stop,
+    ):
+
+        def say(line: str) -> None:
+            stderr.print(line, highlight=False)
+
+        def told(progress: "Progress") -> None:
+            answered = progress.cohort_sum.survivors
+            say(f"Round {progress.round}: {answered} of {progress.members} updates, {progress.seconds:.1f} s.")
+
+        service = Service(host, bound, wait, patience, timeout, log, say)
+        report = run_server(site, RunFolder(out), service, resume=resume, should_stop=should_stop, on_round=told)
+    answer(format, report, lambda: f"{report['status']} after {report['rounds']} rounds; run folder: {out}")
+    if report["status"] == "stopped":
+        raise typer.Exit(130)
 
 
 def _status(entry: dict[str, Any], now: float) -> str:

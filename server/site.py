@@ -14,12 +14,11 @@
 
 import csv
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -53,14 +52,12 @@ class Site:
         settings: Settings,
         catalogue: Catalogue,
         authority: bytes,
-        policy: Mapping[str, Any],
     ) -> "Site":
         """Make one. Raises :class:`RunError` where there is one already.
 
         Args:
             address: ``host:port`` that devices connect to.
             hosts: names and addresses that the certificate is for, beside loopback's.
-            policy: the terms proposed to devices.
         """
         make_folder(path)
         if (path / SETTINGS).exists():
@@ -79,7 +76,7 @@ class Site:
             authority=authority.hex(),
             publisher=publisher.public_key().public_bytes_raw().hex(),
             items=items,
-            policy=dict(policy),
+            settings=settings.to_toml(),
         )
         make_folder(path / ENROLMENTS)
         texts = {AUTHORITY: authority.hex() + "\n", INVITATION: invitation.to_json(), SETTINGS: settings.to_toml()}
@@ -93,6 +90,10 @@ class Site:
         if not (self.path / SETTINGS).exists():
             raise RunError(f"Expected {self.path} to be a server's folder: fedtopk server init makes one.")
         return load_settings(self.path / SETTINGS)
+
+    @property
+    def invitation(self) -> Invitation:
+        return Invitation.parse(self._text(INVITATION))
 
     @property
     def tls(self) -> Tls:

@@ -4,8 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +13,10 @@ import typer
 from rich.table import Table
 
 from client.cli import device_app
-from common.console import Format, answer, stderr
+from common.console import Format, answer, stderr, stopping
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
-from server.cli import authority_app
+from server.cli import authority_app, server_app
 from simulations.bench.commands import bench_app
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(authority_app, name="authority")
+app.add_typer(server_app, name="server")
 app.add_typer(device_app, name="device")
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
@@ -74,6 +74,39 @@ def simulate(
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
+        raise typer.Exit(130)
+
+
+@app.command()
+def fleet(
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run, and of all devices.")],
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes, one a device.")] = 8,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Train over real device processes on this machine: TLS, enrolled keys, secure aggregation (minutes)."""
+    from server.run_folder import RunFolder
+    from simulations.fleet import demo_settings, run_fleet
+    from simulations.progress import RoundsBar
+
+    def say(line: str) -> None:
+        stderr.print(line, highlight=False, soft_wrap=True)
+
+    settings = demo_settings(devices, config, overrides or ())
+    with (
+        stopping("Stopping after this round; press Ctrl-C again to break it off.") as should_stop,
+        RoundsBar(settings.training.rounds, "training") as bar,
+    ):
+        report = run_fleet(
+            RunFolder(out),
+            settings,
+            should_stop=should_stop,
+            on_round=lambda progress: bar.update(progress.round, f"{progress.cohort_sum.survivors} updates"),
+            say=say,
+        )
+    answer(format, report, lambda: _report_text(report, out))
+    if report["status"] == "stopped":
         raise typer.Exit(130)
 
 
@@ -286,28 +319,8 @@ def _watch(bars: ExitStack, title: str, rounds: int) -> "Watch":
     return Watch(
         note=lambda sentence: stderr.print(sentence, highlight=False),
         on_round=lambda progress, remark: bar.update(progress.round, remark),
-        patient=_patient,
+        patient=lambda: stopping("Stopping after this round; press Ctrl-C again to break it off."),
     )
-
-
-@contextmanager
-def _patient() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C (or SIGTERM) ask for a stop between two rounds; the second one interrupts at once."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            _leave(number, frame)
-        asked = True
-        stderr.print("Stopping after this round; press Ctrl-C again to break it off.")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _rows_table(key: str, value: str, rows: dict[str, Any]) -> Table:

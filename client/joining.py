@@ -1,0 +1,58 @@
+"""How a device comes to take part: it makes its keys, the authority certifies them, and it pins a server."""
+
+import time
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from client.device_store import DeviceStore
+from client.guard import Policy
+from client.store_key import KeySource
+from client.stored_device import ENROLMENT, IDENTITY_KEY, INVITATION, TRANSPORT_KEY
+from common.enrolment import Enrolment, Request
+from common.errors import DataError, RunError
+from common.invitation import Invitation
+from common.secagg.identity import Certificate
+
+
+def make_device(folder: Path, key: KeySource) -> Request:
+    """A new store with new keys, and what the enrolment authority is to certify. Raises as `DeviceStore.create`."""
+    identity, transport = Ed25519PrivateKey.generate(), generate_private_key(SECP384R1())
+    public = transport.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    with DeviceStore.create(folder, key) as store, store.transaction():
+        store.records[IDENTITY_KEY] = identity.private_bytes_raw()
+        store.records[TRANSPORT_KEY] = transport.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    return Request.make(identity, public)
+
+
+def enrol(store: DeviceStore, enrolment: Enrolment, authority: bytes) -> Certificate:
+    """Keep the authority's word for this device, and with it the authority.
+
+    Raises:
+        ProtocolError: it is not of this authority, or not valid now.
+        DataError: it is another device's.
+    """
+    certificate = enrolment.checked(authority, time.time())
+    own = Ed25519PrivateKey.from_private_bytes(store.records[IDENTITY_KEY]).public_key().public_bytes_raw()
+    if certificate.key != own:
+        raise DataError("Expected the enrolment to be of this device's key.")
+    store.records[ENROLMENT] = enrolment.to_json().encode()
+    return certificate
+
+
+def join(store: DeviceStore, invitation: Invitation, policy: Policy) -> None:
+    """Pin a server, and the policy under which this device takes part.
+
+    Raises:
+        RunError: the device is not enrolled.
+        DataError: the server names another authority than the one that enrolled it.
+    """
+    if ENROLMENT not in store.records:
+        raise RunError("Expected this device to be enrolled first: fedtopk device enrol.")
+    if Enrolment.parse(store.records[ENROLMENT]).authority != invitation.authority:
+        raise DataError("Expected the invitation to name the authority that enrolled this device.")
+    with store.transaction():
+        store.records[INVITATION] = invitation.to_json().encode()
+        store.save_policy(policy)
