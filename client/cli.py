@@ -97,6 +97,24 @@ def join(
 
 
 @device_app.command()
+def revocations(
+    folder: FolderArgument,
+    listed: Annotated[Path, typer.Argument(metavar="LIST", help="What `fedtopk authority revoke` wrote.")],
+    key_file: KeyFileOption = None,
+    passphrase: PassphraseOption = None,
+    keyring: KeyringOption = False,
+    format: FormatOption = "text",
+) -> None:
+    """Keep the authority's list of revoked devices: this device takes part with none of them."""
+    from client.joining import keep_revocations
+
+    with _opened(folder, key_file, passphrase, keyring) as store:
+        found = keep_revocations(store, _read(listed))
+    content = {"number": found.number, "devices": found.devices}
+    answer(format, content, lambda: f"{len(found.devices)} devices are revoked, by list number {found.number}.")
+
+
+@device_app.command()
 def start(
     folder: FolderArgument,
     condition: Annotated[

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from client.device_store import DeviceStore
 from client.guard import Policy
 from client.store_key import KeySource
-from client.stored_device import ENROLMENT, IDENTITY_KEY, INVITATION, TRANSPORT_KEY
-from common.enrolment import Enrolment, Request
-from common.errors import DataError, RunError
+from client.stored_device import ENROLMENT, IDENTITY_KEY, INVITATION, REVOCATIONS, TRANSPORT_KEY
+from common.enrolment import Enrolment, Request, Revocations
+from common.errors import DataError, ProtocolError, RunError
 from common.invitation import Invitation
 from common.secagg.identity import Certificate
 
@@ -40,6 +40,25 @@ def enrol(store: DeviceStore, enrolment: Enrolment, authority: bytes) -> Certifi
         raise DataError("Expected the enrolment to be of this device's key.")
     store.records[ENROLMENT] = enrolment.to_json().encode()
     return certificate
+
+
+def keep_revocations(store: DeviceStore, revocations: str) -> Revocations:
+    """Keep the authority's list of revoked devices, with which this device then takes part no more.
+
+    Raises:
+        RunError: the device is not enrolled.
+        ProtocolError: the list is not of its authority, or older than the one that it has.
+    """
+    if ENROLMENT not in store.records:
+        raise RunError("Expected this device to be enrolled first: fedtopk device enrol.")
+    authority = bytes.fromhex(Enrolment.parse(store.records[ENROLMENT]).authority)
+    found = Revocations.parse(revocations, authority)
+    if REVOCATIONS in store.records:
+        newest = Revocations.parse(store.records[REVOCATIONS], authority).number
+        if found.number < newest:
+            raise ProtocolError(f"Expected the revocation list number {found.number} to be at least number {newest}.")
+    store.records[REVOCATIONS] = found.to_json().encode()
+    return found
 
 
 def join(store: DeviceStore, invitation: Invitation, policy: Policy) -> None:

@@ -40,6 +40,10 @@ class Secured(Protocol):
         """Its pinned policy."""
 
     @property
+    def revoked(self) -> frozenset[int]:
+        """Devices that it knows to be none any more."""
+
+    @property
     def records(self) -> MutableMapping[str, ConfigRecord]:
         """What it keeps by name, durable when set."""
 
@@ -81,6 +85,8 @@ class SecureUpload:
         """Check the offer and share the secrets. Raises :class:`Refusal` and :class:`AggregationError`."""
         state = self._load(Advertised)
         view = View.parse(body, self._check)
+        if revoked := self._device.revoked.intersection(view.devices):
+            raise Refusal(f"This device does not take part: expected no revoked devices, found {sorted(revoked)}.")
         shared, message = member.share(state, self._device.identity, view, self._clock(), self._random)
         self._save(shared)
         return message

@@ -13,7 +13,7 @@ from client.device_store import DeviceStore
 from client.guard import Policy
 from client.ledger import Charge
 from common.catalogue import Catalogue
-from common.enrolment import Enrolment
+from common.enrolment import Enrolment, Revocations
 from common.errors import ModelError, ProtocolError, Refusal, RunError
 from common.invitation import Invitation
 from common.secagg.identity import Certificate
@@ -24,8 +24,9 @@ from common.settings import Settings
 if TYPE_CHECKING:
     from common.trajectory import Trajectories
 
-IDENTITY_KEY, TRANSPORT_KEY, ENROLMENT, INVITATION = "identity key", "transport key", "enrolment", "invitation"
-"""Names of the store's records: 32 secret bytes, a PEM, the authority's JSON, and the operator's."""
+IDENTITY_KEY, TRANSPORT_KEY = "identity key", "transport key"
+ENROLMENT, REVOCATIONS, INVITATION = "enrolment", "revocations", "invitation"
+"""Names of the store's records: 32 secret bytes, a PEM, two documents of the authority, and the operator's."""
 
 Condition = Callable[[], str]
 """Why the device does not want to take part now; empty where it does."""
@@ -77,6 +78,13 @@ class StoredDevice:
     @property
     def publisher(self) -> bytes:
         return bytes.fromhex(self._invitation.publisher)
+
+    @property
+    def revoked(self) -> frozenset[int]:
+        content = self._store.records.get(REVOCATIONS)
+        if content is None:
+            return frozenset()
+        return frozenset(Revocations.parse(content, self.identity.authority).devices)
 
     def charges(self) -> list[Charge]:
         return [Charge.parse(entry) for entry in self._store.charges()]

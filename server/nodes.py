@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from common.errors import AggregationError, ProtocolError
 from common.messages import Action, size_of
 
 _POLL_SECONDS = 1.0
+_SHORTEST_PAUSE_SECONDS, _GROWTH = 0.1, 1.2
 _SETTLED_SECONDS = 5.0
 _PATIENCE_SECONDS = 60.0
 """How long to wait for the next device to appear."""
@@ -84,7 +85,7 @@ class Nodes:
             new = set(self._grid.get_node_ids()) - asked
             asked |= new
             messages = [Message(question, node, "query.advertise") for node in new]
-            for reply in self._grid.send_and_receive(messages, timeout=self._timeout) if messages else ():
+            for reply in self._exchange(messages):
                 try:
                     self._node_of[identify(checked(reply))] = reply.metadata.src_node_id
                     newest = time.monotonic()
@@ -131,7 +132,7 @@ class Nodes:
         device_of = {self._node_of[device]: device for device in contents}
         traffic.down += sum(size_of(content) for content in contents.values())
         taken = 0
-        for reply in self._grid.send_and_receive(messages.values(), timeout=self._timeout) if messages else ():
+        for reply in self._exchange(list(messages.values())):
             device = device_of.get(reply.metadata.src_node_id)
             try:
                 if device is not None:
@@ -143,6 +144,25 @@ class Nodes:
             except ProtocolError as error:
                 traffic.reasons[str(error)] += 1
         return taken
+
+
+    def _exchange(self, messages: list[Message]) -> Iterator[Message]:
+        """Send, and yield the answers as they come, until all are there or the time is up.
+
+        `Grid.send_and_receive` would look for answers every 3 seconds, which a stage of milliseconds then takes.
+        """
+        if not messages:
+            return
+        waiting = set(self._grid.push_messages(messages)) - {None}
+        end, pause = time.monotonic() + self._timeout, _SHORTEST_PAUSE_SECONDS
+        while True:
+            for reply in self._grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            if not waiting or time.monotonic() > end:
+                return
+            time.sleep(pause)
+            pause = min(_GROWTH * pause, _POLL_SECONDS)
 
 
 def checked(reply: Message) -> Message:

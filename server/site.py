@@ -119,15 +119,15 @@ class Site:
         return read_catalogue(self.path / CATALOGUE)
 
     def enrolled(self) -> dict[int, str]:
-        """Transport keys of all devices that are enrolled as of now and not revoked, by their numbers."""
+        """Transport keys of all devices that are enrolled, not expired as of now and not revoked, by their numbers."""
         revoked, found = self.revoked(), dict[int, str]()
         for path in sorted((self.path / ENROLMENTS).glob("*.json")):
             try:
                 enrolment = Enrolment.parse(path.read_bytes())
-                certificate = enrolment.checked(self.authority, time.time())
+                certificate = enrolment.checked(self.authority, now=0)
             except (OSError, ProtocolError) as error:
-                raise RunError(f"Expected {path} to be a valid enrolment, or not there: {error}") from None
-            if certificate.device not in revoked:
+                raise RunError(f"Expected {path} to be an enrolment, or not there: {error}") from None
+            if certificate.device not in revoked and time.time() <= certificate.expires:
                 found[certificate.device] = enrolment.transport
         return found
 

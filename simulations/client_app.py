@@ -46,6 +46,7 @@ class RecordedDevice:
 
     def __init__(self, records: MutableMapping[str, ConfigRecord]) -> None:
         self.records = records
+        self.revoked: frozenset[int] = frozenset()
 
     def charges(self) -> list[Charge]:
         record: Mapping[str, Any] = self.records.get(_CHARGES) or {"entries": []}

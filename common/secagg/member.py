@@ -50,7 +50,7 @@ from common.secagg.keys import (
 )
 from common.secagg.masks import add_masks, in_lanes
 from common.secagg.packing import pack
-from common.secagg.roster import View
+from common.secagg.roster import View, devices_bytes
 from common.secagg.shamir import split
 from common.secagg.shares import read_inbox, seal, split_pair, unseal
 from common.secagg.signatures import read_signatures, subject
@@ -175,7 +175,7 @@ def share(state: Advertised, identity: Identity, view: View, now: float, random:
     for advertisement in view.advertisements:
         advertisement.check(state.run, identity.authority, now)
     terms, degree = view.terms, view.terms.degree
-    context = terms.context(state.run, view.root, view.devices)
+    context = terms.context(state.run, view.root, devices_bytes(view.devices))
     count, threshold = len(view.neighbours), degree.threshold
     secret, channel = state.own_seed + state.mask_seed, private_key(state.channel_seed)
     pairs = split(secret, count, threshold, random((threshold - 1) * len(secret)))

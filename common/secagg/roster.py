@@ -19,7 +19,7 @@ class View:
 
     Attributes:
         terms: of the attempt.
-        devices: the numbers of all n devices, as :func:`devices_bytes` writes them.
+        devices: the numbers of all n devices, increasing.
         root: 32 bytes, of the Merkle tree over the roster's advertisements.
         server_key: 32 bytes, X25519: what uploads are authenticated with.
         position: the device's own, in [0, n).
@@ -29,7 +29,7 @@ class View:
     """
 
     terms: Terms
-    devices: bytes
+    devices: list[int]
     root: bytes
     server_key: bytes
     position: int
@@ -70,7 +70,7 @@ class View:
             if found[-1].device != listed[place]:
                 raise ProtocolError(f"Expected position {place} to be of device {listed[place]}.", found[-1].device)
         reader.end()
-        return cls(terms, devices_bytes(listed), root, server_key, position, found[0], neighbours, found[1:])
+        return cls(terms, listed, root, server_key, position, found[0], neighbours, found[1:])
 
 
 def devices_bytes(devices: Sequence[int]) -> bytes:

@@ -26,14 +26,18 @@ class InProcessGrid:
             for part in range(nodes)
         }
         self.seen: list[tuple[str, int]] = []
+        self._answers: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return [reply for message in messages if (reply := self._ask(message)) is not None]
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self._ask(message) for message in messages]
 
-    def _ask(self, message: Message) -> Message | None:
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        return [self._answers.pop(name) for name in list(ids)]
+
+    def _ask(self, message: Message) -> str:
         message.metadata.__dict__["_message_id"] = str(next(self._number))
         request = message_from_proto(message_to_proto(message))
         kind, node = request.metadata.message_type, request.metadata.dst_node_id
@@ -42,4 +46,8 @@ class InProcessGrid:
             reply = self._app(request, self.contexts[node])
         except Exception as error:  # as Flower's own runtime does
             reply = Message(Error(2, repr(error)), reply_to=request)
-        return None if self._lost(kind, node - 100) else message_from_proto(message_to_proto(reply))
+        if self._lost(kind, node - 100):
+            reply = Message(Error(8, "lost"), reply_to=request)  # what Flower says of a process that died
+        name = request.metadata.message_id
+        self._answers[name] = message_from_proto(message_to_proto(reply))
+        return name

@@ -201,7 +201,7 @@ def test_what_does_not_train_starts_without_torch() -> None:
         "from in_process_grid import InProcessGrid; from common.settings import load_settings; "
         "from flwr.app import Message, RecordDict; "
         "grid = InProcessGrid(client_app, 1, load_settings().flat(), lambda *_: False); "
-        "replies = grid.send_and_receive([Message(RecordDict(), 100, 'query.advertise')]); "
+        "replies = grid.pull_messages(grid.push_messages([Message(RecordDict(), 100, 'query.advertise')])); "
         "assert replies[0].has_content(), replies[0].error; print('torch' in sys.modules)"
     )
     done = subprocess.run(
