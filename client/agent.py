@@ -26,7 +26,7 @@ from client.device_store import DeviceStore
 from client.store_key import KeySource
 from client.stored_device import INVITATION, TRANSPORT_KEY, Condition, StoredDevice
 from common.errors import AggregationError
-from common.flower_tasks import ENVIRONMENT, Runtime, free_port
+from common.flower_tasks import ENVIRONMENT, Runtime, free_port, quiet
 from common.invitation import Invitation
 from common.processes import program, running, secret_files
 from common.settings import Settings
@@ -62,6 +62,7 @@ class Agent:
             AggregationError: the SuperNode ended, for one because the server does not know this device's key.
             RunError: the device is not enrolled or has not joined.
         """
+        quiet()
         with ExitStack() as stack:
             store = stack.enter_context(self._opened())
             StoredDevice(store, Settings())  # raises where it cannot be one

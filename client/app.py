@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 
 from client.coins import Coins
 from client.secure_upload import Secured, SecureUpload
-from common.errors import FedtopkError
+from common.errors import AggregationError, ModelError, SettingsError
 from common.messages import body_of, content_of, read_arrays, run_digest, signed_model_of
 from common.secagg.terms import Terms
 from common.secagg.wire import Reader
@@ -175,8 +175,9 @@ def _compute(opened: Opened, terms: Terms, model: bytes) -> np.ndarray:
 
 
 def _answer(open_device: OpenDevice, handler: Handler, message: Message, context: Context) -> Message:
-    """Answer with what a FedtopkError says, in place of a traceback."""
+    """Answer with why the device does not take part, in place of a traceback. What else goes wrong is not the server's
+    to know: a full disk's error names a folder, one of the history an item."""
     try:
         return handler(message, Opened(open_device, context))
-    except FedtopkError as error:
+    except (AggregationError, ModelError, SettingsError) as error:
         return Message(Error(_REFUSED, str(error)), reply_to=message)

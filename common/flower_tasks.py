@@ -9,6 +9,7 @@ for 1.42, to which `pyproject.toml` pins it. Source: flwr/supercore/superexec/ru
 flwr/supernode/runtime/run_clientapp.py.
 """
 
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,6 +95,11 @@ class Runtime:
             yield client
         finally:
             client.close()
+
+
+def quiet() -> None:
+    """Let Flower say in this process only what went wrong: the rest is for the logs of its own processes."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
 def free_port() -> int:

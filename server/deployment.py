@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from common.errors import RunError
+from common.flower_tasks import quiet
 from common.model import Parameters
 from server.app import Deployment, expect_secure, serve
 from server.gateway import Gateway
@@ -66,6 +67,7 @@ def run_server(
         FedtopkError: whatever the operator can mend. A run that was interrupted can be resumed.
     """
     settings, health, enrolled = site.settings, _Health(), site.enrolled()
+    quiet()
     expect_secure(settings)
     if not resume:
         folder.expect_new()

@@ -289,12 +289,23 @@ def data_list(format: FormatOption = "text") -> None:
 
 
 @data_app.command("prepare")
-def data_prepare(config: ConfigOption = None, overrides: SetOption = None, format: FormatOption = "text") -> None:
+def data_prepare(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Write the catalogue and each user's history there.")
+    ] = None,
+    format: FormatOption = "text",
+) -> None:
     """Fetch, check and convert the data of the settings, and print their counts."""
     from simulations import datasets
+    from simulations.datasets.histories import write_histories
 
     settings = load_settings(config, overrides or ())
-    counts = datasets.summary(datasets.load(settings.data, seed=settings.training.seed))
+    interactions = datasets.load(settings.data, seed=settings.training.seed)
+    counts = datasets.summary(interactions)
+    if to is not None:
+        write_histories(interactions, to)
     answer(format, counts, lambda: _rows_table("figure", "value", counts))
 
 

@@ -315,3 +315,12 @@ def test_an_invitation_that_is_none_is_refused(change: dict[str, Any]) -> None:
         Invitation.parse(invitation(**change).to_json())
     with pytest.raises(DataError, match="Expected an invitation"):
         Invitation.parse("{}")
+
+
+def test_what_goes_wrong_on_the_device_is_not_told(tmp_path: Path) -> None:
+    """It is raised for the device's own process, which answers that it failed."""
+    world = World(tmp_path)
+    assert world.share() == ""
+    world.store.close()
+    with pytest.raises(Exception, match=str(tmp_path)):
+        world.upload()
