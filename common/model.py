@@ -26,8 +26,9 @@ moves does not have to replay its history, and one new interaction advances the 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,11 +36,13 @@ from torch import Tensor
 
 from common.errors import ModelError
 from common.ghost import Dense, Lookup, Tape
+from common.scan import CfnScan, GruScan, cfn_steps, gru_steps
 from common.settings import Head, ModelSettings, Settings
 from common.softmax import log_uniform
 from common.trajectory import HIGHEST_REWARD
 
 Parameters = dict[str, Tensor]
+Scan = Callable[..., Any]
 Group = Literal["items", "cell", "policy", "behaviour", "critic"]
 
 HEADS: dict[Head, str] = {
@@ -175,15 +178,12 @@ class Recurrence:
         weight = parameters["cell.gates"]
         gates = tape.watch(biased @ weight[:, :-width].T)
         candidate = tape.watch(inputs @ parameters["cell.candidate"].T)
-        recurrent = weight[:, -width:].T
-        states = [state]
-        # unbind, not an index per step: each index would add a whole (B, T, ·) gradient to the backward pass.
-        for gate, drive in zip(gates.unbind(1), torch.tanh(candidate).unbind(1), strict=True):
-            keep, take = torch.sigmoid(torch.addmm(gate, states[-1], recurrent)).chunk(2, -1)
-            states.append(keep * torch.tanh(states[-1]) + take * drive)
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, _stack(states[:-1], states[0])], -1), gates))
+        recurrent = weight[:, -width:]
+        scan: Scan = CfnScan.apply if tape.recording else cfn_steps
+        states: Tensor = scan(gates, torch.tanh(candidate), state, recurrent)
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, states[:, :-1]], -1), gates))
         tape.uses.append(Dense("cell.candidate", inputs, candidate))
-        return torch.stack(states, 1)
+        return states
 
     def _gru(self, parameters: Parameters, inputs: Tensor, biased: Tensor, state: Tensor, tape: Tape) -> Tensor:
         """Gated recurrent unit (Cho et al. 2014): the reset gate acts on the state before the candidate's matrix."""
@@ -191,22 +191,12 @@ class Recurrence:
         gate_weight, candidate_weight = parameters["cell.gates"], parameters["cell.candidate"]
         gates = tape.watch(biased @ gate_weight[:, :-width].T)
         candidate = tape.watch(biased @ candidate_weight[:, :-width].T)
-        gate_recurrent, candidate_recurrent = gate_weight[:, -width:].T, candidate_weight[:, -width:].T
-        states, resets = [state], []
-        for gate, drive in zip(gates.unbind(1), candidate.unbind(1), strict=True):
-            keep, reset = torch.sigmoid(torch.addmm(gate, states[-1], gate_recurrent)).chunk(2, -1)
-            resets.append(reset * states[-1])
-            fresh = torch.tanh(torch.addmm(drive, resets[-1], candidate_recurrent))
-            states.append(keep * states[-1] + (1 - keep) * fresh)
-        before = _stack(states[:-1], state)
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, before], -1), gates))
-        tape.uses.append(Dense("cell.candidate", torch.cat([biased, _stack(resets, state)], -1), candidate))
-        return torch.stack(states, 1)
-
-
-def _stack(steps: list[Tensor], state: Tensor) -> Tensor:
-    """(B, T, n) of T tensors (B, n) shaped like `state`; T may be 0."""
-    return torch.stack(steps, 1) if steps else state.new_zeros(len(state), 0, state.shape[1])
+        scan: Scan = GruScan.apply if tape.recording else gru_steps
+        states: Tensor
+        states, left = scan(gates, candidate, state, gate_weight[:, -width:], candidate_weight[:, -width:])
+        tape.uses.append(Dense("cell.gates", torch.cat([biased, states[:, :-1]], -1), gates))
+        tape.uses.append(Dense("cell.candidate", torch.cat([biased, left], -1), candidate))
+        return states
 
 
 def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape) -> Tensor:
