@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.ghost import Picked, Tape, Use
+from common.ghost import Gradient, Picked, Tape
 from common.model import HEADS, Parameters, Recurrence, condition, group_of, items_in, policy_weight, queries
 from common.objective import WEIGHT_EDGES, Evidence, coefficients, histogram, mean_over, top_k_multiplier
 from common.settings import GroupScale, Head, Settings
@@ -88,9 +88,10 @@ def compute_update(
     per_user, _, metrics = loss.shared(parameters, _rows(states, at), query, users, tape)
     outputs = [output for use in tape.uses for output in use.outputs]
     deltas = iter(torch.autograd.grad(per_user.sum(), outputs))
-    recorded = [(use, tuple(next(deltas).detach() for _ in use.outputs)) for use in tape.uses]
+    with torch.no_grad():
+        uses = [(use.weight, use.gradient(*(next(deltas) for _ in use.outputs))) for use in tape.uses]
     shapes = {name: value.shape for name, value in parameters.items()}
-    return LocalUpdate(_GhostGradients(recorded, shapes, settings.privacy.group_scale), users, metrics)
+    return LocalUpdate(_GhostGradients(uses, shapes, settings.privacy.group_scale), users, metrics)
 
 
 def losses_of(
@@ -343,9 +344,9 @@ def _take(trajectories: Trajectories, index: Tensor, count: Tensor) -> _Steps:
 
 @dataclass(frozen=True)
 class _GhostGradients:
-    """Gradients of one local step, never formed."""
+    """Gradients of one local step, by the uses of the weights."""
 
-    recorded: list[tuple[Use, tuple[Tensor, ...]]]
+    uses: list[tuple[str, Gradient]]
     shapes: dict[str, torch.Size]
     scale: GroupScale
 
@@ -354,7 +355,7 @@ class _GhostGradients:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        squares = [self._factor(use.weight) ** 2 * use.square_norms(deltas) for use, deltas in self.recorded]
+        squares = [self._factor(weight) ** 2 * gradient.square_norms() for weight, gradient in self.uses]
         return torch.stack(squares).sum(0).clamp(min=0).sqrt()
 
     @torch.no_grad()
@@ -362,8 +363,8 @@ class _GhostGradients:
         total = torch.zeros(sum(shape.numel() for shape in self.shapes.values()), dtype=weights.dtype)
         parts = torch.split(total, [shape.numel() for shape in self.shapes.values()])
         views = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-        for use, deltas in self.recorded:
-            use.add_sum(deltas, weights * self._factor(use.weight), views[use.weight])
+        for weight, gradient in self.uses:
+            gradient.add_sum(weights * self._factor(weight), views[weight])
         return total
 
 

@@ -6,8 +6,9 @@ weight. One backward pass to those outputs gives δ, the loss's gradient there. 
 * each user's squared gradient norm, from T×T Gram matrices: ‖Σ_t δ_t x_tᵀ‖² = Σ_{t,t'} (δ_t·δ_t')(x_t·x_t'),
 * any weighted sum of the users' gradients, one matrix product: (c δ)ᵀ x,
 
-so a user's own gradient, as large as the model, is never formed. Exact: held to autograd and to opacus's per-sample
-gradients by ``tests/unit/test_ghost.py``.
+so a user's own gradient, as large as the model, is never formed; only the parts of it that are smaller than their Gram
+matrices are (:func:`products`). Exact: held to autograd and to opacus's per-sample gradients by
+``tests/unit/test_ghost.py``.
 
 A weight may stand in several uses only if they touch different rows of it; otherwise cross terms would be missing.
 Shapes: B users, T steps; a use's inputs and outputs are (B, T, ·).
@@ -20,6 +21,16 @@ import torch
 from torch import Tensor
 
 
+class Gradient(Protocol):
+    """The B users' gradients by one use of a weight."""
+
+    def square_norms(self) -> Tensor:
+        """(B,) each user's squared norm."""
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        """Add Σ_u weights[u] · gradient_u to `into`, which has the weight's shape; weights: (B,)."""
+
+
 class Use(Protocol):
     """One linear use of the shared weight named `weight`."""
 
@@ -27,13 +38,10 @@ class Use(Protocol):
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
-        """Tensors whose gradients :meth:`square_norms` and :meth:`add_sum` take."""
+        """Tensors whose gradients :meth:`gradient` takes."""
 
-    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        """(B,) each user's squared gradient norm with respect to the weight."""
-
-    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        """Add Σ_u weights[u] · gradient_u to `into`, which has the weight's shape; weights: (B,)."""
+    def gradient(self, *deltas: Tensor) -> Gradient:
+        """The users' gradients with respect to the weight."""
 
 
 @dataclass
@@ -62,11 +70,8 @@ class Dense:
     def outputs(self) -> tuple[Tensor, ...]:
         return (self.output,)
 
-    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        return (_gram(deltas[0]) * _gram(self.inputs)).sum((1, 2))
-
-    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        into += _weighted(deltas[0], weights).T @ self.inputs.flatten(0, 1)
+    def gradient(self, *deltas: Tensor) -> Gradient:
+        return products(deltas[0], self.inputs)
 
 
 @dataclass
@@ -81,11 +86,8 @@ class Lookup:
     def outputs(self) -> tuple[Tensor, ...]:
         return (self.output,)
 
-    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        return (_gram(deltas[0]) * _same(self.ids)).sum((1, 2))
-
-    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        into.index_add_(0, self.ids.flatten(), _weighted(deltas[0], weights))
+    def gradient(self, *deltas: Tensor) -> Gradient:
+        return _Scattered(deltas[0], self.ids)
 
 
 @dataclass
@@ -108,21 +110,13 @@ class Sampled:
     def outputs(self) -> tuple[Tensor, ...]:
         return (self.negative_logits, self.own_logits)
 
-    def _disjoint(self, deltas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def gradient(self, *deltas: Tensor) -> Gradient:
         negative, own = deltas
         hit = self.own_column >= 0
         moved = torch.where(hit, own, 0).unsqueeze(-1)
         negative = negative.scatter_add(-1, self.own_column.clamp(min=0).unsqueeze(-1), moved)
-        return negative, torch.where(hit, 0, own)
-
-    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        negative, own = self._disjoint(deltas)
-        return ((_gram(negative) + _picked_gram(own, self.ids)) * _gram(self.inputs)).sum((1, 2))
-
-    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        negative, own = self._disjoint(deltas)
-        into.index_add_(0, self.negatives, _weighted(negative, weights).T @ self.inputs.flatten(0, 1))
-        _add_picked(own, self.ids, self.inputs, weights, into)
+        picked = _PickedRows(torch.where(hit, 0, own), self.ids, self.inputs)
+        return _Both(_Rows(products(negative, self.inputs), self.negatives), picked)
 
 
 @dataclass
@@ -138,11 +132,8 @@ class Picked:
     def outputs(self) -> tuple[Tensor, ...]:
         return (self.output,)
 
-    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        return (_picked_gram(deltas[0], self.ids) * _gram(self.inputs)).sum((1, 2))
-
-    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        _add_picked(deltas[0], self.ids, self.inputs, weights, into)
+    def gradient(self, *deltas: Tensor) -> Gradient:
+        return _PickedRows(deltas[0], self.ids, self.inputs)
 
 
 @dataclass
@@ -159,15 +150,107 @@ class Crossed:
     def outputs(self) -> tuple[Tensor, ...]:
         return (self.output,)
 
-    def square_norms(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        return (_gram(self._rows(deltas)) * _same(self.ids)).sum((1, 2))
+    def gradient(self, *deltas: Tensor) -> Gradient:
+        return _Scattered(deltas[0].transpose(1, 2) @ self.inputs, self.ids)  # rows named twice come twice
 
-    def add_sum(self, deltas: tuple[Tensor, ...], weights: Tensor, into: Tensor) -> None:
-        into.index_add_(0, self.ids.flatten(), _weighted(self._rows(deltas), weights))
 
-    def _rows(self, deltas: tuple[Tensor, ...]) -> Tensor:
-        """(B, S, i) what each of the named rows gets; rows named twice come twice."""
-        return deltas[0].transpose(1, 2) @ self.inputs
+def products(delta: Tensor, inputs: Tensor) -> Gradient:
+    """Gradients Σ_t δ_t x_tᵀ of δ (B, T, o) and x (B, T, i), formed where they are no larger than what they are made of
+    and the Gram matrices, which takes half the arithmetic; by their Gram matrices otherwise."""
+    steps, outputs, width = delta.shape[1], delta.shape[2], inputs.shape[2]
+    if outputs * width <= steps * (outputs + width) + 2 * steps * steps:
+        return _Formed(delta.transpose(1, 2) @ inputs)
+    return _Gram(delta, inputs)
+
+
+@dataclass
+class _Formed:
+    """(B, o, i) gradients as they are."""
+
+    values: Tensor
+
+    def square_norms(self) -> Tensor:
+        flat = self.values.flatten(1)
+        squares: Tensor = torch.linalg.vecdot(flat, flat)
+        return squares
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        into += (weights @ self.values.flatten(1)).view_as(into)
+
+
+@dataclass
+class _Gram:
+    """Σ_t δ_t x_tᵀ, never formed."""
+
+    delta: Tensor
+    inputs: Tensor
+
+    def square_norms(self) -> Tensor:
+        return (_gram(self.delta) * _gram(self.inputs)).sum((1, 2))
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        into += _weighted(self.delta, weights).T @ self.inputs.flatten(0, 1)
+
+
+@dataclass
+class _Rows:
+    """Gradients of some rows of the weight, the same ones for all users."""
+
+    inner: Gradient
+    ids: Tensor
+
+    def square_norms(self) -> Tensor:
+        return self.inner.square_norms()
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        rows = into.new_zeros(len(self.ids), into.shape[1])
+        self.inner.add_sum(weights, rows)
+        into.index_add_(0, self.ids, rows)
+
+
+@dataclass
+class _Scattered:
+    """Row ids[t] gets δ_t (B, T, i)."""
+
+    delta: Tensor
+    ids: Tensor
+
+    def square_norms(self) -> Tensor:
+        return (_gram(self.delta) * _same(self.ids)).sum((1, 2))
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        into.index_add_(0, self.ids.flatten(), _weighted(self.delta, weights))
+
+
+@dataclass
+class _PickedRows:
+    """Row ids[t] gets δ_t x_t with δ (B, T)."""
+
+    delta: Tensor
+    ids: Tensor
+    inputs: Tensor
+
+    def square_norms(self) -> Tensor:
+        same = self.delta.unsqueeze(2) * self.delta.unsqueeze(1) * _same(self.ids)
+        return (same * _gram(self.inputs)).sum((1, 2))
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        into.index_add_(0, self.ids.flatten(), _weighted(self.delta.unsqueeze(-1), weights) * self.inputs.flatten(0, 1))
+
+
+@dataclass
+class _Both:
+    """Gradients of rows that differ."""
+
+    one: Gradient
+    other: Gradient
+
+    def square_norms(self) -> Tensor:
+        return self.one.square_norms() + self.other.square_norms()
+
+    def add_sum(self, weights: Tensor, into: Tensor) -> None:
+        self.one.add_sum(weights, into)
+        self.other.add_sum(weights, into)
 
 
 def _gram(values: Tensor) -> Tensor:
@@ -178,15 +261,6 @@ def _gram(values: Tensor) -> Tensor:
 def _same(ids: Tensor) -> Tensor:
     """(B, T, T) 1 where two steps name the same row."""
     return (ids.unsqueeze(2) == ids.unsqueeze(1)).float()
-
-
-def _picked_gram(delta: Tensor, ids: Tensor) -> Tensor:
-    """(B, T, T) products of (B, T) deltas of steps that pick the same row."""
-    return delta.unsqueeze(2) * delta.unsqueeze(1) * _same(ids)
-
-
-def _add_picked(delta: Tensor, ids: Tensor, inputs: Tensor, weights: Tensor, into: Tensor) -> None:
-    into.index_add_(0, ids.flatten(), _weighted(delta.unsqueeze(-1), weights) * inputs.flatten(0, 1))
 
 
 def _weighted(delta: Tensor, weights: Tensor) -> Tensor:

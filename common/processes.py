@@ -38,7 +38,11 @@ def secret_files(*contents: bytes) -> Iterator[list[tuple[int, str]]]:
 def running(
     words: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int, descriptors: Sequence[int] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process, which is ended with this block, and by the kernel if this process is killed."""
+    """A child process, which is ended with this block, and by the kernel if this process is killed.
+
+    A terminal's Ctrl-C does not reach it: that is for this process to pass on, when it is ready. Flower's processes and
+    our own would take the signal even where it was ignored when they were started.
+    """
     process = subprocess.Popen(
         words,
         env=os.environ | dict(environment),
@@ -46,6 +50,7 @@ def running(
         stdout=output,
         stderr=subprocess.STDOUT,
         pass_fds=descriptors,
+        start_new_session=True,
         preexec_fn=_die_with(os.getpid()),
     )
     try:
@@ -63,7 +68,6 @@ def running(
 def _die_with(parent: int) -> Callable[[], None]:
     def prepare() -> None:
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to pass on, when it is ready
         if os.getppid() != parent:  # it died before
             os._exit(1)
 

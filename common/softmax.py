@@ -238,11 +238,11 @@ class _SampledLogSoftmax(torch.autograd.Function):
         place = column.clamp(min=0).unsqueeze(-1)
         masses = drawn + log_weights
         kept = torch.where(column.unsqueeze(-1) >= 0, -torch.inf, masses.gather(-1, place))
-        masses = masses.scatter(-1, place, kept)
+        masses = masses.scatter(-1, place, kept)  # in place from here on: a copy costs as much as the exponentials
         highest = torch.maximum(masses.amax(-1), own)
-        masses = (masses - highest.unsqueeze(-1)).exp()
+        masses.sub_(highest.unsqueeze(-1)).exp_()
         normaliser = masses.sum(-1) + (own - highest).exp()
-        return own - highest - normaliser.log(), masses / normaliser.unsqueeze(-1)
+        return own - highest - normaliser.log(), masses.div_(normaliser.unsqueeze(-1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -31,7 +31,7 @@ from common.threads import one_thread
 from common.trajectory import Trajectories
 from server.cohort import CohortSum
 from simulations.population import Population
-from simulations.processes import start_worker
+from simulations.processes import keep_freed_memory, start_worker
 
 _BLOCK_LOGITS = {"full": 80_000, "sampled": 32_768, "nce": 32_768}
 """Candidates times devices of a block: for the full softmax, a block's logits must stay in the cache."""
@@ -59,6 +59,7 @@ class BatchedCohort:
     """
 
     def __init__(self, population: Population, workers: int = 1) -> None:
+        keep_freed_memory()
         self._population = population
         self._pool = _Pool(workers) if workers > 1 else None
 

@@ -103,8 +103,9 @@ def test_a_use_equals_autograd_for_each_user(
     deltas = torch.autograd.grad(per_user.sum(), use.outputs)
     own = torch.tensor(weights[: len(loss)], dtype=torch.float64)
     total = torch.ones_like(problem.weight)
-    use.add_sum(deltas, own, total)
-    assert_exact(use.square_norms(deltas), expected.square().sum((1, 2)))
+    gradient = use.gradient(*deltas)
+    gradient.add_sum(own, total)
+    assert_exact(gradient.square_norms(), expected.square().sum((1, 2)))
     assert_exact(total, 1 + torch.einsum("u,uij->ij", own, expected))
 
 
