@@ -12,17 +12,18 @@ it, so that `fedtopk device add-events` and `fedtopk recommend` find it free in 
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import httpx
 from flwr.app import Context, Error, Message
 from flwr.supercore.constant import TaskType
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from client.app import make_app
-from client.device_store import DeviceStore
+from client.device_store import STORE_PATIENCE_SECONDS, DeviceStore
 from client.store_key import KeySource
 from client.stored_device import INVITATION, TRANSPORT_KEY, Condition, StoredDevice
 from common.errors import AggregationError
@@ -32,7 +33,8 @@ from common.processes import program, running, secret_files
 from common.settings import Settings
 
 _POLL_SECONDS = 0.2
-_STORE_PATIENCE_SECONDS = 10.0
+_PAUSE_SECONDS = 10.0
+"""Before a SuperNode is started again."""
 _FAILED = 2
 
 Say = Callable[[str], None]
@@ -58,8 +60,11 @@ class Agent:
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Answer the server's messages until told to stop.
 
+        A SuperNode tries to reach its server again and again, but ends at some faults on the way that pass, such as a
+        connection that breaks while TLS begins, or an answer of a proxy's. So one that has worked is started again.
+
         Raises:
-            AggregationError: the SuperNode ended, for one because the server does not know this device's key.
+            AggregationError: it ended before the first message, for one because the server does not know this device.
             RunError: the device is not enrolled or has not joined.
         """
         quiet()
@@ -71,45 +76,54 @@ class Agent:
             stack.close()
             runtime = Runtime(f"127.0.0.1:{free_port()}", secrets.token_bytes(32))
             files = stack.enter_context(secret_files(transport, runtime.secret, invitation.root_certificate.encode()))
-            node = stack.enter_context(
-                running(
-                    _supernode(invitation.server, runtime.address, *(path for _, path in files)),
-                    ENVIRONMENT | {"FLWR_HOME": str(self.folder / "flower")},
-                    self.log,
-                    [descriptor for descriptor, _ in files],
-                )
-            )
-            self.say(f"Connecting to {invitation.server}.")
+            words = _supernode(invitation.server, runtime.address, *(path for _, path in files))
+            environment = ENVIRONMENT | {"FLWR_HOME": str(self.folder / "flower")}
+            answered = 0
             while not should_stop():
-                if node.poll() is not None:
+                with running(words, environment, self.log, [descriptor for descriptor, _ in files]) as node:
+                    self.say(f"Connecting to {invitation.server}.")
+                    while not should_stop() and node.poll() is None:
+                        if token := runtime.acquire(TaskType.CLIENT_APP):
+                            self._answer(runtime, token)
+                            answered += 1
+                        else:
+                            time.sleep(_POLL_SECONDS)
+                if should_stop():
+                    break
+                if not answered:
                     raise AggregationError(
                         f"Expected Flower's SuperNode to keep running; it ended with {node.returncode}: the server may "
                         "not know this device's key, or may not be the one that the invitation names."
                     )
-                if token := runtime.acquire(TaskType.CLIENT_APP):
-                    self._answer(runtime, token)
-                else:
-                    time.sleep(_POLL_SECONDS)
+                self.say(f"Flower's SuperNode ended; it is started again in {_PAUSE_SECONDS:g} s.")
+                _wait(_PAUSE_SECONDS, should_stop)
 
     def _answer(self, runtime: Runtime, token: str) -> None:
-        with runtime.task(token) as client:
+        with suppress(httpx.HTTPError), runtime.task(token) as client:  # the SuperNode may have ended meanwhile
             message, context, _, _ = pull_task_input(client)
             at = f"round {message.metadata.group_id or '-'}, {message.metadata.message_type.partition('.')[2]}"
             try:
-                reply = self._reply(message, context)
+                reply = self.reply(message, context)
                 self.say(f"{at}: {reply.error.reason if reply.has_error() else 'answered'}")
             except Exception as error:  # what it says may be of the user's history, and is for this device alone
                 self.say(f"{at}: failed with {error!r}")
                 reply = Message(Error(_FAILED, "The device failed."), reply_to=message)
             push_message(client, reply, context)
 
-    def _reply(self, message: Message, context: Context) -> Message:
+    def reply(self, message: Message, context: Context) -> Message:
+        """The ClientApp's answer to one message, over the store, which is open meanwhile. Raises what went wrong."""
         with self._opened() as store:
             app = make_app(lambda settings, _: StoredDevice(store, settings, self.condition))
             return app(message, context)
 
     def _opened(self) -> DeviceStore:
-        return DeviceStore.open(self.folder, self.key, patience=_STORE_PATIENCE_SECONDS)
+        return DeviceStore.open(self.folder, self.key, patience=STORE_PATIENCE_SECONDS)
+
+
+def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not should_stop():
+        time.sleep(_POLL_SECONDS)
 
 
 def _supernode(server: str, runtime: str, transport_key: str, secret: str, root_certificate: str) -> list[str]:

@@ -40,7 +40,7 @@ def init(
     """Make a device's encrypted store and its keys."""
     from client.joining import make_device
 
-    _write(request, make_device(folder, _source(folder, key_file, passphrase, keyring)).to_json())
+    _write(request, make_device(folder, key_source(folder, key_file, passphrase, keyring)).to_json())
     found = {"device": str(folder), "request": str(request)}
     answer(format, found, lambda: f"Have {request} certified (`fedtopk authority enrol`), then `fedtopk device enrol`.")
 
@@ -63,7 +63,7 @@ def enrol(
         pinned = bytes.fromhex(authority)
     except ValueError:
         raise SettingsError(f"Expected --authority {authority} to be hexadecimal.") from None
-    with _opened(folder, key_file, passphrase, keyring) as store:
+    with opened_store(folder, key_file, passphrase, keyring) as store:
         certificate = keep(store, Enrolment.parse(_read(enrolment)), pinned)
     found = {"device": certificate.device, "expires": certificate.expires}
     answer(format, found, lambda: f"This is device {certificate.device}.")
@@ -89,7 +89,7 @@ def join(
 
     content = Invitation.parse(_read(invitation))
     policy = with_changes(Policy.of(load_toml(content.settings)), _read(policy_file) if policy_file else "")
-    with _opened(folder, key_file, passphrase, keyring) as store:
+    with opened_store(folder, key_file, passphrase, keyring) as store:
         pin(store, content, policy)
     found = {"server": content.server, "items": len(content.items), "policy": asdict(policy)}
     words = "".join(f"\n- {line}" for line in policy.in_words())
@@ -108,7 +108,7 @@ def revocations(
     """Keep the authority's list of revoked devices: this device takes part with none of them."""
     from client.joining import keep_revocations
 
-    with _opened(folder, key_file, passphrase, keyring) as store:
+    with opened_store(folder, key_file, passphrase, keyring) as store:
         found = keep_revocations(store, _read(listed))
     content = {"number": found.number, "devices": found.devices}
     answer(format, content, lambda: f"{len(found.devices)} devices are revoked, by list number {found.number}.")
@@ -130,7 +130,7 @@ def start(
     from client.conditions import command
     from common.console import stderr, stopping
 
-    source = _source(folder, key_file, passphrase, keyring)
+    source = key_source(folder, key_file, passphrase, keyring)
     with (log or folder / "supernode.log").open("ab") as words, stopping("Leaving.") as should_stop:
         agent = Agent(folder, source, command(condition), lambda line: stderr.print(line, highlight=False), words)
         agent.run(should_stop)
@@ -149,7 +149,7 @@ def add_events(
     from client.device_contents import Event
 
     rows = sorted((Event(*row) for row in _rows(events)), key=lambda event: event.timestamp)
-    with _opened(folder, key_file, passphrase, keyring) as store:
+    with opened_store(folder, key_file, passphrase, keyring) as store:
         with store.transaction():
             store.add_events(rows)
         count = store.event_count
@@ -164,7 +164,7 @@ def export(
     keyring: KeyringOption = False,
 ) -> None:
     """Print all that the device holds of its user, as JSON."""
-    with _opened(folder, key_file, passphrase, keyring) as store:
+    with opened_store(folder, key_file, passphrase, keyring) as store:
         user, state = store.load_user(), store.load_state()
         found: dict[str, Any] = {
             "events": [asdict(event) for event in store.events()],
@@ -184,7 +184,8 @@ def forget(folder: FolderArgument, key_file: KeyFileOption = None, format: Forma
     answer(format, {"destroyed": done}, lambda: "Destroyed: " + ", ".join(done) + ".")
 
 
-def _source(folder: Path, key_file: Path | None, passphrase: Path | None, keyring: bool) -> "KeySource":
+def key_source(folder: Path, key_file: Path | None, passphrase: Path | None, keyring: bool) -> "KeySource":
+    """The source of the key that the options name. Raises :class:`SettingsError` for more than one."""
     from client.store_key import KeyFile, Keyring, Passphrase
 
     if (key_file is not None) + (passphrase is not None) + keyring > 1:
@@ -196,10 +197,12 @@ def _source(folder: Path, key_file: Path | None, passphrase: Path | None, keyrin
     return KeyFile((key_file or folder.with_name(folder.name + ".key")).absolute())
 
 
-def _opened(folder: Path, key_file: Path | None, passphrase: Path | None, keyring: bool) -> "DeviceStore":
-    from client.device_store import DeviceStore
+def opened_store(folder: Path, key_file: Path | None, passphrase: Path | None, keyring: bool) -> "DeviceStore":
+    """The device's store, once whoever has it open has closed it."""
+    from client.device_store import STORE_PATIENCE_SECONDS, DeviceStore
 
-    return DeviceStore.open(folder, _source(folder, key_file, passphrase, keyring))
+    source = key_source(folder, key_file, passphrase, keyring)
+    return DeviceStore.open(folder, source, patience=STORE_PATIENCE_SECONDS)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, float, int]]:

@@ -43,11 +43,15 @@ DATABASE = "device.sqlite"
 TEMPORARY = ".tmp-device-"
 """Begins the name of a store in the making; a killed process leaves one behind, without contents."""
 VERSION = 1
+STORE_PATIENCE_SECONDS = 10.0
+"""How long to wait for a process that answers one message, and closes the store then."""
 MIGRATIONS: dict[int, Migration] = {}
 """What brings the contents of a version to the next one."""
 
 _HISTORY, _LEDGER = "history", "ledger"
 _USER, _STATE, _MODEL, _POLICY, _RECORD = "user", "state", "model", "policy", "record "
+
+_POLICIES = TypeAdapter(Policy)
 
 Clock = Callable[[], float]
 
@@ -177,7 +181,7 @@ class DeviceStore:
         if content is None:
             return None
         try:
-            return TypeAdapter(Policy).validate_python(json.loads(content))
+            return _POLICIES.validate_python(json.loads(content))
         except ValidationError as error:
             raise DataError(f"Expected a policy with the fields of this program: {error.errors()[0]['msg']}.") from None
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from common.trajectory import Trajectories
 
 IDENTITY_KEY, TRANSPORT_KEY = "identity key", "transport key"
-ENROLMENT, REVOCATIONS, INVITATION = "enrolment", "revocations", "invitation"
-"""Names of the store's records: 32 secret bytes, a PEM, two documents of the authority, and the operator's."""
+ENROLMENT, REVOCATIONS, INVITATION, EDITION = "enrolment", "revocations", "invitation", "edition"
+"""Names of the store's records: 32 secret bytes, a PEM, two documents of the authority, one of the operator, and of
+which run and round the stored model is."""
 
 Condition = Callable[[], str]
 """Why the device does not want to take part now; empty where it does."""
@@ -117,12 +118,12 @@ class StoredDevice:
 
     def keep_model(self, content: bytes, metadata: Mapping[str, str]) -> None:
         """Raises :class:`ProtocolError` for an older one than the device has of the same run."""
-        stored = self._store.load_model()
-        if stored is not None and stored.metadata["run_id"] == metadata["run_id"]:
-            newest, round_ = int(stored.metadata["round"]), int(metadata["round"])
-            if round_ < newest:
-                raise ProtocolError(f"Expected a model of {round_} rounds to be of at least {newest}.")
-        self._store.save_model(ReceivedModel(content, metadata))
+        run, _, newest = self._store.records.get(EDITION, b"").decode().partition(" ")
+        if run == metadata["run_id"] and int(metadata["round"]) < int(newest):
+            raise ProtocolError(f"Expected a model of {metadata['round']} rounds to be of at least {newest}.")
+        with self._store.transaction():
+            self._store.records[EDITION] = f"{metadata['run_id']} {metadata['round']}".encode()
+            self._store.save_model(ReceivedModel(content, metadata))
 
     def expect_willing(self) -> None:
         if reason := self._condition():

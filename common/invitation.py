@@ -40,7 +40,7 @@ class Invitation:
     def parse(cls, text: str | bytes) -> "Invitation":
         """Raises :class:`DataError`."""
         try:
-            found = TypeAdapter(cls).validate_json(text)
+            found = _READER.validate_json(text)
             load_toml(found.settings)
             if len(bytes.fromhex(found.authority)) != 32 or len(bytes.fromhex(found.publisher)) != 32:
                 raise ValueError("its keys do not have 32 bytes")
@@ -64,3 +64,6 @@ class Invitation:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+
+_READER = TypeAdapter(Invitation)

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from client.cli import device_app
+from client.recommend import recommend
 from common.console import Format, answer, stderr, stopping
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
@@ -277,6 +278,9 @@ def export(
 
     written = export_run(RunFolder(run), to)
     answer(format, written, lambda: "\n".join(f"{name}: {path}" for name, path in written.items()))
+
+
+app.command()(recommend)
 
 
 @data_app.command("list")

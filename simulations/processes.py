@@ -12,6 +12,7 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_THRESHOLD = 32 << 20
 
+
 def start_worker() -> None:
     """To be called first in a worker: one torch thread, Ctrl-C left to the main process, and no life after it.
 

@@ -34,7 +34,7 @@ from common.errors import PrivacyError
 from common.privacy.clipping import clip_factor
 from common.privacy.randomness import Stream
 from common.privacy.rotation import padded, rotate, unrotate
-from common.privacy.rounding import DEVICE_BETA, conditional_round, rounded_norm, stochastic_round
+from common.privacy.rounding import DEVICE_BETA, conditional_round, norm, rounded_norm, stochastic_round
 from common.privacy.skellam import DELTA_LOSS, skellam
 
 CENTRAL_BETA = 1e-20
@@ -199,9 +199,9 @@ def encode(
     that is not finite or not of the encoding's dimension.
     """
     values = _checked(update, encoding, signs)
-    values *= clip_factor(_norm(values), encoding.clip)
+    values *= clip_factor(norm(values), encoding.clip)
     rotated = rotate(values.astype(np.float32), signs).astype(np.float64)
-    rotated *= encoding.scale * clip_factor(_norm(rotated), encoding.clip)
+    rotated *= encoding.scale * clip_factor(norm(rotated), encoding.clip)
     integers = conditional_round(rotated, encoding.squared_bound, rounding)
     integers += skellam(encoding.share(n), encoding.padded, noise)
     return _residues(integers, encoding.bits)
@@ -271,11 +271,6 @@ def _checked(
     if not np.isfinite(values).all():
         raise PrivacyError(f"Expected every value of an update to be finite, got {values[~np.isfinite(values)][0]}.")
     return values.astype(np.float64)
-
-
-def _norm(x: NDArray[np.float64]) -> float:
-    """‖x‖₂ in the same order of operations whatever the number of threads, unlike the BLAS's."""
-    return math.sqrt(np.einsum("i,i", x, x))
 
 
 def _residues(integers: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:

@@ -31,6 +31,12 @@ def rounded_norm(norm: float, size: int, beta: float) -> float:
     return min(norm + math.sqrt(size), likely)
 
 
+def norm(x: NDArray[np.float64]) -> float:
+    """‖x‖₂ of (d,), in the same order of operations whatever the number of threads, unlike the BLAS's, whose idle
+    threads would also go on spinning."""
+    return math.sqrt(np.einsum("i,i", x, x))
+
+
 def stochastic_round(x: NDArray[np.float64], stream: Stream) -> NDArray[np.int64]:
     """⌊x + w⌋ with w uniform on [0, 1): each coordinate goes up with the probability of its fractional part.
 
@@ -59,11 +65,11 @@ def conditional_round(x: NDArray[np.float64], squared_bound: int, stream: Stream
     expected number of tries is at most 1/(1 − β) = 2.6. Raises :class:`PrivacyError` after 128 failures, which
     happens with probability below 1e-27 unless ‖x‖₂ exceeds the norm that the bound was computed for.
     """
-    norm = float(np.linalg.norm(x))
-    if not norm + math.sqrt(len(x)) < _LIMIT:
-        raise PrivacyError(f"Expected the scaled update's norm={norm} to be below 2^31.")
+    length = norm(x)
+    if not length + math.sqrt(len(x)) < _LIMIT:
+        raise PrivacyError(f"Expected the scaled update's norm={length} to be below 2^31.")
     for _ in range(_TRIES):
         q = stochastic_round(x, stream)
         if int(np.dot(q, q)) <= squared_bound:
             return q
-    raise PrivacyError(f"Expected the scaled update's norm={norm} to round to at most {math.isqrt(squared_bound)}.")
+    raise PrivacyError(f"Expected the scaled update's norm={length} to round to at most {math.isqrt(squared_bound)}.")

@@ -64,6 +64,31 @@ def fuzz(
         raise typer.Exit(1)
 
 
+@bench_app.command()
+def device(
+    items: Annotated[int, typer.Option("--items", min=1, help="A, size of the catalogue.")] = 5000,
+    events: Annotated[int, typer.Option("--events", min=1, help="Interactions of the device's history.")] = 200,
+    devices: Annotated[int, typer.Option("--devices", min=2, help="n, size of the cohort.")] = 100,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds that are measured.")] = 9,
+    format: FormatOption = "text",
+) -> None:
+    """Measure what a round, a recommendation and a new interaction cost one device (a minute)."""
+    from simulations.bench.device import bench_device, results_table
+    from simulations.bench.device_rounds import Workload
+    from simulations.progress import RoundsBar
+
+    workload, done = Workload(items, events, devices, repeats), 0
+    with RoundsBar(workload.steps, "device", "measurements") as bar:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            bar.update(done, "")
+
+        results = bench_device(workload, step)
+    answer(format, results, lambda: results_table(results))
+
+
 def _numbers(text: str) -> list[int]:
     """Positive whole numbers with commas between them."""
     words = [word.strip() for word in text.split(",")]
