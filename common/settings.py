@@ -285,6 +285,8 @@ class EvaluationSettings(_Section):
     protocol: Literal["leave-last-out", "time-split"] = "leave-last-out"
     every: int = Field(0, ge=0)
     """Validate every so many rounds; 0: only at the end."""
+    users: int = Field(20_000, ge=0)
+    """Evaluate at most so many users, drawn by the seed; 0: all."""
 
 
 class Settings(_Section):

@@ -31,28 +31,31 @@ class PolicyScorer:
 
     def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
         """(B, A) logits of the head after the last interaction of each user's history."""
-        lengths = histories.lengths()[users]
-        rewards = rewards_of(histories.ratings, self._settings.data.rating_range)
+        lengths = histories.offsets[users + 1] - histories.offsets[users]
         result = torch.empty(len(users), len(histories.catalogue))
         by_length = np.argsort(lengths, kind="stable")
         for start in range(0, len(users), _BLOCK):
             block = by_length[start : start + _BLOCK]
-            result[torch.from_numpy(block)] = self._block(histories, rewards, users[block])
+            result[torch.from_numpy(block)] = self._block(histories, users[block])
         return result
 
-    def _block(self, histories: Interactions, rewards: np.ndarray, users: np.ndarray) -> Tensor:
-        lengths, starts = histories.lengths()[users], histories.offsets[users]
-        everything = pad(histories.items, rewards, rewards, starts, lengths, support_fraction=0)
+    def _block(self, histories: Interactions, users: np.ndarray) -> Tensor:
+        own = [slice(histories.offsets[user], histories.offsets[user + 1]) for user in users]
+        items = np.concatenate([histories.items[at] for at in own])
+        rewards = rewards_of(np.concatenate([histories.ratings[at] for at in own]), self._settings.data.rating_range)
+        lengths = histories.offsets[users + 1] - histories.offsets[users]
+        starts = np.cumsum(lengths) - lengths
+        everything = pad(items, rewards, rewards, starts, lengths, support_fraction=0)
         tape = Tape(recording=False)
         recurrence = Recurrence(self._settings.model)
         states = recurrence.run(self._parameters, everything.items, everything.rewards, tape)
         newest = np.minimum(lengths, self._settings.training.window)
-        window = pad(histories.items, rewards, rewards, starts + lengths - newest, newest, support_fraction=0)
+        window = pad(items, rewards, rewards, starts + lengths - newest, newest, support_fraction=0)
         at = torch.from_numpy(lengths - newest).unsqueeze(-1) + torch.arange(window.items.shape[1])
         index = at.clamp(max=states.shape[1] - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
-        own = adapt_users(
+        adapted = adapt_users(
             self._settings, self._parameters, states.gather(1, index), window, self._users[torch.from_numpy(users)]
         )
         last = states[torch.arange(len(users)), torch.from_numpy(lengths)].unsqueeze(1)
-        conditioned = condition(self._parameters, last, own, tape)
+        conditioned = condition(self._parameters, last, adapted, tape)
         return (queries(conditioned, self._settings.model.temperature) @ self._weight.T)[:, 0]

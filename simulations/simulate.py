@@ -85,7 +85,8 @@ def load_split(settings: Settings) -> Split:
             f"Expected objective.slate_size={settings.objective.slate_size} to be at most the {items} items "
             "of the catalogue."
         )
-    return split(interactions, settings.evaluation.protocol)
+    cut = split(interactions, settings.evaluation.protocol)
+    return cut.limited(settings.evaluation.users, settings.training.seed)
 
 
 def _cautions(settings: Settings, devices: int) -> Iterator[str]:

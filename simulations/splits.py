@@ -14,7 +14,7 @@ history is always a prefix of the user's interactions and the target the interac
     a history before the target are evaluated. Nothing that trains is later than anything that tests.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ from simulations.datasets.interactions import Interactions
 
 Protocol = Literal["leave-last-out", "time-split"]
 Kind = Literal["validation", "test"]
+
+_DRAWN = 0x6576616C
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class Split:
     tested_after: np.ndarray
     left_out: int
     notes: tuple[str, ...]
+
+    def limited(self, most: int, seed: int) -> "Split":
+        """With at most so many users in either kind of target, drawn by the seed; 0: all."""
+        validation, test = (_drawn(targets, most, seed) for targets in (self.validation, self.test))
+        fewer = len(test.users) < len(self.test.users)
+        note = f"{len(test.users):,} of the {len(self.test.users):,} test users are evaluated, drawn by the seed."
+        return replace(self, validation=validation, test=test, notes=(*self.notes, *([note] if fewer else [])))
 
     def targets(self, kind: Kind) -> Targets:
         """Held-out items of that kind."""
@@ -125,6 +134,13 @@ def _targets(interactions: Interactions, evaluated: np.ndarray, history: np.ndar
     """The interaction right after the history of each evaluated user."""
     users = np.flatnonzero(evaluated).astype(np.int64)
     return Targets(users, interactions.items[interactions.offsets[users] + history[users]].astype(np.int64))
+
+
+def _drawn(targets: Targets, most: int, seed: int) -> Targets:
+    if not most or len(targets.users) <= most:
+        return targets
+    chosen = np.sort(np.random.default_rng([_DRAWN, seed]).choice(len(targets.users), most, replace=False))
+    return Targets(targets.users[chosen], targets.items[chosen])
 
 
 def _first(interactions: Interactions, lengths: np.ndarray) -> Interactions:

@@ -115,3 +115,17 @@ def test_no_leakage(times: list[list[int]], protocol: Protocol) -> None:
         tested = {int(data.timestamps[item]) for item in cut.test.items}
         assert max(cut.train.timestamps) < min(held_out) <= max(held_out) < min(tested)
         assert max(cut.history("test").timestamps) < min(tested)
+
+
+def test_a_limited_split_keeps_everything_but_the_targets_it_does_not_draw() -> None:
+    whole = split(interactions([[0, 1, 2, 3]] * 50, items=4), "leave-last-out")
+    few = whole.limited(7, seed=1)
+    assert len(few.test.users) == len(few.validation.users) == 7
+    assert set(few.test.users) <= set(whole.test.users) and (np.diff(few.test.users) > 0).all()
+    assert np.array_equal(few.test.items, whole.test.items[few.test.users])
+    assert few.train is whole.train and "7 of the 50 test users" in few.notes[-1]
+    assert np.array_equal(whole.limited(7, seed=1).test.users, few.test.users)
+    assert not np.array_equal(whole.limited(7, seed=2).test.users, few.test.users)
+    for most in (0, 50, 1000):
+        assert whole.limited(most, seed=1).notes == whole.notes
+        assert np.array_equal(whole.limited(most, seed=1).test.users, whole.test.users)
