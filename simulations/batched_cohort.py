@@ -2,19 +2,20 @@
 
 The members are cut into blocks that depend on the members and the lengths of their windows alone. Each block's float32
 sum becomes an int64 fixed-point vector, and integers add up to the same total in any order: one process or many give
-the same integers (``tests/contract/test_workers.py``). Rotation, rounding and noise happen once, on the total.
+the same integers (``tests/contract/test_workers.py``), and so does a cluster (:mod:`simulations.ray_shards`). Rotation,
+rounding and noise happen once, on the total.
 """
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def block_devices(objective: ObjectiveSettings, items: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """One block's result: who it was, their new private embeddings, and what the simulation may look at."""
 
     devices: np.ndarray
@@ -52,16 +53,28 @@ class _Block:
     metrics: dict[str, Tensor]
 
 
+Job = tuple[np.ndarray, Trajectories, Tensor]
+"""Arguments of :func:`compute_block`: devices, their windows, their embeddings."""
+
+
+class Pool(Protocol):
+    """Computes blocks somewhere else."""
+
+    def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
+        """Add all jobs' clipped sums to `fixed`; the blocks in the jobs' order. Raises :class:`AggregationError`."""
+
+
 class BatchedCohort:
-    """All devices of a population, computed in blocks by `workers` processes of one thread each.
+    """All devices of a population, computed in blocks by `workers` processes of one thread each, or by a pool.
 
     Use as a context manager: worker processes end with it.
     """
 
-    def __init__(self, population: Population, workers: int = 1) -> None:
+    def __init__(self, population: Population, workers: int = 1, pool: Pool | None = None) -> None:
         keep_freed_memory()
         self._population = population
-        self._pool = _Pool(workers) if workers > 1 else None
+        self._processes = _Pool(workers) if workers > 1 and pool is None else None
+        self._pool = pool or self._processes
 
     def __enter__(self) -> Self:
         return self
@@ -69,8 +82,8 @@ class BatchedCohort:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=kind is None)
+        if self._processes is not None:
+            self._processes.shutdown(wait=kind is None)
 
     @property
     def devices(self) -> int:
@@ -92,7 +105,7 @@ class BatchedCohort:
             total = release_central(total, offer.encoding, offer.signs, offer.stream("central"))
         return CohortSum(total, len(members), len(members), simulation_metrics=_means(blocks))
 
-    def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[_Block]:
+    def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[Block]:
         """Add the members' clipped sum to `fixed`; blocks come in their fixed order."""
         size = block_devices(offer.settings.objective, items_in(offer.parameters))
         order = members[np.argsort(self._population.window_lengths(members), kind="stable")]
@@ -106,7 +119,7 @@ class BatchedCohort:
             return
         with one_thread():
             for job in jobs:
-                yield _compute_block(offer, *job, fixed)
+                yield compute_block(offer, *job, fixed)
 
 
 def fixed_point_scale(clip_norm: float) -> float:
@@ -114,9 +127,7 @@ def fixed_point_scale(clip_norm: float) -> float:
     return max(2.0**36 / clip_norm, 2.0**24)
 
 
-def _compute_block(
-    offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray
-) -> _Block:
+def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray) -> Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
     clip = offer.settings.privacy.clip_norm
     update = compute_update(offer.settings, offer.parameters, windows, users, offer.candidates, offer.warm)
@@ -129,7 +140,7 @@ def _compute_block(
         raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
     fixed += total.double().mul_(fixed_point_scale(clip)).round_().numpy().astype(np.int64)
     metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms}
-    return _Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
+    return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
 
 
 def _diverged(offer: Offer, sign: str) -> AggregationError:
@@ -139,7 +150,7 @@ def _diverged(offer: Offer, sign: str) -> AggregationError:
     )
 
 
-def _means(blocks: list[_Block]) -> dict[str, float | list[float]]:
+def _means(blocks: list[Block]) -> dict[str, float | list[float]]:
     """Each metric's mean over the devices; of a histogram, each bin's."""
     devices = sum(len(block.devices) for block in blocks)
     if not devices:
@@ -155,9 +166,7 @@ class _Pool:
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
 
-    def compute(
-        self, offer: Offer, jobs: list[tuple[np.ndarray, Trajectories, Tensor]], fixed: np.ndarray
-    ) -> list[_Block]:
+    def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
         if self._executor is None:
             self._start(offer)
         self._shared.copy_(flatten(offer.parameters))
@@ -222,5 +231,5 @@ class _Worker:
 _worker: _Worker
 
 
-def _work(light: Offer, job: tuple[np.ndarray, Trajectories, Tensor]) -> _Block:
-    return _compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums)
+def _work(light: Offer, job: Job) -> Block:
+    return compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums)

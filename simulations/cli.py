@@ -59,6 +59,9 @@ def simulate(
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     workers: WorkersOption = _CORES,
+    cluster: Annotated[
+        str, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: its address, auto, or local.")
+    ] = "",
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
@@ -71,7 +74,7 @@ def simulate(
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
     with ExitStack() as bars:
-        report = run(folder, _watch(bars, "training", rounds), settings=settings, workers=workers)
+        report = run(folder, _watch(bars, "training", rounds), settings=settings, workers=workers, cluster=cluster)
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")

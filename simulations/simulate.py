@@ -1,7 +1,7 @@
 """`fedtopk simulate`: federated training over a simulated population, from settings to a finished run folder."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,15 @@ class Watch:
     patient: Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
-def simulate(folder: RunFolder, watch: Watch, *, settings: Settings | None, workers: int) -> dict[str, Any]:
+def simulate(
+    folder: RunFolder, watch: Watch, *, settings: Settings | None, workers: int, cluster: str = ""
+) -> dict[str, Any]:
     """Train, evaluate and report. Returns the report, which is also in the folder.
 
     Args:
         settings: of a new run; None resumes the one in the folder with its own.
         workers: processes of the batched engine; they change the speed and nothing else.
+        cluster: address of a Ray cluster that takes their place (:class:`simulations.ray_shards.RayShards`).
 
     Raises:
         FedtopkError: whatever the user can mend. A run that was interrupted can be resumed.
@@ -57,7 +60,7 @@ def simulate(folder: RunFolder, watch: Watch, *, settings: Settings | None, work
     for sentence in (*data.notes, *_cautions(settings, data.train.users)):
         watch.note(sentence)
     population = Population(settings, data.train)
-    with folder.open(settings, resume) as store, _cohort(settings, population, workers) as cohort:
+    with folder.open(settings, resume) as store, _cohort(settings, population, workers, cluster) as cohort:
         training = open_training(settings, folder, store, cohort, items=len(data.train.catalogue))
         if resume:
             training.resume()
@@ -111,12 +114,17 @@ def evaluate_model(settings: Settings, parameters: Parameters, population: Popul
 
 
 @contextmanager
-def _cohort(settings: Settings, population: Population, workers: int) -> Iterator[Cohort]:
+def _cohort(settings: Settings, population: Population, workers: int, cluster: str) -> Iterator[Cohort]:
     if settings.aggregation.kind == "plain":
         yield PlainCohort(population)
         return
-    with BatchedCohort(population, workers) as cohort:
-        yield cohort
+    with ExitStack() as stack:
+        pool = None
+        if cluster:
+            from simulations.ray_shards import RayShards
+
+            pool = stack.enter_context(RayShards(cluster))
+        yield stack.enter_context(BatchedCohort(population, workers, pool))
 
 
 def _tell(progress: Progress, training: Training, data: Split, population: Population, watch: Watch) -> None:
