@@ -18,7 +18,8 @@ parameter                shape          use
 =======================  =============  =============================================================
 
 The cell reads x = [u_a, ρ u_a, ρ] with ρ = reward/5, 2m+1 numbers: a liked and a disliked item of the same kind must be
-able to move the state in opposite directions, which no sum of u_a and ρ can. Of the last four those are present that
+able to move the state in opposite directions, which no sum of u_a and ρ can. Without `model.ratings` it reads x = u_a, m
+numbers. Of the last four those are present that
 the objective needs (:attr:`common.settings.Settings.heads`).
 
 The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
@@ -71,7 +72,7 @@ def shapes(settings: Settings, items: int) -> dict[str, tuple[int, int]]:
 
 
 def _inputs(model: ModelSettings) -> int:
-    return 2 * model.input_width + 1
+    return 2 * model.input_width + 1 if model.ratings else model.input_width
 
 
 KEEP_BIAS = 3.0
@@ -165,8 +166,10 @@ class Recurrence:
             return rewards.new_zeros(batch, steps + 1, self.model.state_width)
         embedded = tape.watch(parameters["items.embedding"][items])
         tape.uses.append(Lookup("items.embedding", items, embedded))
-        rating = (rewards / HIGHEST_REWARD).unsqueeze(-1)
-        inputs = torch.cat([embedded, rating * embedded, rating], -1)
+        inputs = embedded
+        if self.model.ratings:
+            rating = (rewards / HIGHEST_REWARD).unsqueeze(-1)
+            inputs = torch.cat([embedded, rating * embedded, rating], -1)
         biased = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
         state = inputs.new_zeros(len(items), self.model.state_width) if start is None else start
         step = self._cfn if self.model.cell == "cfn" else self._gru

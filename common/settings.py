@@ -78,6 +78,8 @@ class ModelSettings(_Section):
     input_width: int = Field(32, ge=1, le=4096)
     state_width: int = Field(64, ge=1, le=4096)
     user_width: int = Field(16, ge=1, le=4096)
+    ratings: bool = True
+    """Whether the cell reads ratings beside items; clicks, which are all alike, can do without."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 

@@ -39,7 +39,8 @@ def model_of(cell: str) -> ModelSettings:
 
 def settings_of(cell: str, **more: object) -> Settings:
     widths = {"model.input_width": M, "model.state_width": N, "model.user_width": W}
-    return parse_flat({"model.cell": cell} | widths | {key.replace("__", "."): value for key, value in more.items()})
+    name, _, rest = cell.partition(" ")
+    return parse_flat({"model.cell": name, "model.ratings": not rest} | widths | {key.replace("__", "."): value for key, value in more.items()})
 
 
 def random_parameters(cell: str, seed: int = 0, scale: float = 2.0) -> Parameters:
@@ -67,8 +68,10 @@ def dot(row: list[float], column: list[float]) -> float:
 
 
 def inputs(parameters: Parameters, item: int, reward: float) -> list[float]:
-    """[u, ρu, ρ], ρ = reward/5."""
+    """[u, ρu, ρ], ρ = reward/5; u alone where the cell has no more columns."""
     embedding = parameters["items.embedding"][item].tolist()
+    if parameters["cell.gates"].shape[1] == M + 1 + N:
+        return embedding
     return [*embedding, *(reward / 5 * number for number in embedding), reward / 5]
 
 
@@ -91,12 +94,12 @@ def gru_step(parameters: Parameters, item: int, reward: float, s: list[float]) -
     return [z[k] * s[k] + (1 - z[k]) * math.tanh(dot(candidate[k], u + kept)) for k in range(N)]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, "cfn without ratings", "gru without ratings"])
 @quick
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 6))
 def test_a_cell_equals_a_scalar_loop(cell: str, seed: int, steps: int) -> None:
     parameters, (items, rewards) = random_parameters(cell, seed, scale=1), history(2, steps, seed)
-    step = cfn_step if cell == "cfn" else gru_step
+    step = cfn_step if cell.startswith("cfn") else gru_step
     expected = []
     for user in range(2):
         states = [[0.0] * N]
