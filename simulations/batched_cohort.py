@@ -34,14 +34,14 @@ from server.cohort import CohortSum
 from simulations.population import Population
 from simulations.processes import keep_freed_memory, start_worker
 
-_BLOCK_LOGITS = {"full": 80_000, "sampled": 32_768, "nce": 32_768}
+_BLOCK_LOGITS = {"full": 80_000, "sampled": 65_536, "nce": 65_536}
 """Candidates times devices of a block: for the full softmax, a block's logits must stay in the cache."""
 
 
 def block_devices(objective: ObjectiveSettings, items: int) -> int:
-    """Devices per block, 8 to 128."""
+    """Devices per block, 8 to 256."""
     candidates = items if objective.softmax == "full" else min(objective.negatives, items)
-    return min(max(_BLOCK_LOGITS[objective.softmax] // candidates, 8), 128)
+    return min(max(_BLOCK_LOGITS[objective.softmax] // candidates, 8), 256)
 
 
 @dataclass(frozen=True)
