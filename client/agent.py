@@ -33,8 +33,11 @@ from common.processes import program, running, secret_files
 from common.settings import Settings
 
 _POLL_SECONDS = 0.2
-_PAUSE_SECONDS = 10.0
+_PAUSE_SECONDS = 15.0
 """Before a SuperNode is started again."""
+_STRANGE_SECONDS = 80.0
+"""How long a SuperNode is tried that gets no message: a device that lost its power is refused for a minute, until the
+server has missed two of its heartbeats, as one is that the server does not know."""
 _FAILED = 2
 
 Say = Callable[[str], None]
@@ -60,11 +63,11 @@ class Agent:
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Answer the server's messages until told to stop.
 
-        A SuperNode tries to reach its server again and again, but ends at some faults on the way that pass, such as a
-        connection that breaks while TLS begins, or an answer of a proxy's. So one that has worked is started again.
+        A SuperNode tries to reach its server again and again, but ends at some faults that pass, such as a connection
+        that breaks while TLS begins, or an answer of a proxy's. So it is started again.
 
         Raises:
-            AggregationError: it ended before the first message, for one because the server does not know this device.
+            AggregationError: it ended all the time, and no message came.
             RunError: the device is not enrolled or has not joined.
         """
         quiet()
@@ -78,7 +81,7 @@ class Agent:
             files = stack.enter_context(secret_files(transport, runtime.secret, invitation.root_certificate.encode()))
             words = _supernode(invitation.server, runtime.address, *(path for _, path in files))
             environment = ENVIRONMENT | {"FLWR_HOME": str(self.folder / "flower")}
-            answered = 0
+            answered, begin = 0, time.monotonic()
             while not should_stop():
                 with running(words, environment, self.log, [descriptor for descriptor, _ in files]) as node:
                     self.say(f"Connecting to {invitation.server}.")
@@ -90,7 +93,7 @@ class Agent:
                             time.sleep(_POLL_SECONDS)
                 if should_stop():
                     break
-                if not answered:
+                if not answered and time.monotonic() - begin > _STRANGE_SECONDS:
                     raise AggregationError(
                         f"Expected Flower's SuperNode to keep running; it ended with {node.returncode}: the server may "
                         "not know this device's key, or may not be the one that the invitation names."

@@ -121,12 +121,14 @@ def superlink(tls: Tls, folder: Path, log: IO[bytes]) -> Iterator[SuperLink]:
         ]
         environment = ENVIRONMENT | {"FLWR_HOME": str(folder / "flower")}
         with running(words, environment, log, [descriptor]) as process:
+            retries = make_simple_http_retry_invoker()
+            retries.max_tries = 1  # its pauses grow to 20 s, which is how late a start would be noticed
             control = ControlHttpClient.from_server_address(
                 server_address=runtime.address,
                 insecure=False,
                 root_certificates=root,
                 interceptors=[RuntimeVersionHttpInterceptor(component_name="fedtopk")],
-                retry_invoker=make_simple_http_retry_invoker(),
+                retry_invoker=retries,
             )
             try:
                 _await_start(control, process.poll)

@@ -1,6 +1,9 @@
 """`fedtopk bench`: measured figures."""
 
-from typing import Annotated
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -8,6 +11,8 @@ from common.console import Format, answer
 from common.errors import SettingsError
 
 bench_app = typer.Typer(help="Measured figures.", no_args_is_help=True)
+
+_CORES = len(os.sched_getaffinity(0))
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 
@@ -87,6 +92,51 @@ def device(
 
         results = bench_device(workload, step)
     answer(format, results, lambda: results_table(results))
+
+
+@bench_app.command()
+def engine(
+    workload: Annotated[
+        Literal["reference", "full"],
+        typer.Option("--workload", help="Cross-entropy by a GRU, or the default objective with its noise."),
+    ] = "reference",
+    softmax: Annotated[
+        str, typer.Option("--softmax", help="full, sampled, or both. [default: both; of the full workload: sampled]")
+    ] = "",
+    engines: Annotated[str, typer.Option("--engines", help="Which of the three.")] = "fedtopk,plain,flower",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="N, devices that there are.")] = 10_000,
+    cohort: Annotated[int, typer.Option("--cohort", min=1, help="Devices of a round; of Flower's at most 200.")] = 2000,
+    items: Annotated[int, typer.Option("--items", min=2, help="A, size of the catalogue.")] = 5000,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="T, interactions of a device.")] = 50,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = _CORES,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Measurements of each; the median counts.")] = 3,
+    growth: Annotated[bool, typer.Option("--growth", help="Also our engine at other sizes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="At most 40 of 60 devices, 200 items, 10 steps.")] = False,
+    format: FormatOption = "text",
+) -> None:
+    """Measure device updates per second, beside Flower's simulation and a plain loop (minutes, on an idle machine)."""
+    from simulations.bench.engine import Engine, bench_engine, compared, grown, results_table
+    from simulations.bench.engine_workloads import Softmax, Workload
+    from simulations.progress import RoundsBar
+
+    if quick:
+        devices, cohort, items, steps, runs = min(devices, 60), min(cohort, 40), min(items, 200), min(steps, 10), 1
+    kinds = softmax or ("full,sampled" if workload == "reference" else "sampled")
+    chosen = _words("softmax", kinds, get_args(Softmax))
+    workloads = [Workload(workload, kind, devices, cohort, items, steps) for kind in chosen]
+    comparison = compared(workloads, _words("engines", engines, get_args(Engine)), workers, runs, quick=quick)
+    more = grown(replace(workloads[0], softmax="sampled"), workers, runs, quick=quick) if growth else []
+    with RoundsBar(len(comparison) + len(more), "engine", "rows") as bar:
+        results = bench_engine(comparison, more, bar.update)
+    answer(format, results, lambda: results_table(results))
+
+
+def _words(option: str, text: str, known: Sequence[Any]) -> list[Any]:
+    """Known words with commas between them, in the order in which they are known."""
+    words = [word.strip() for word in text.split(",")]
+    if not set(words) <= set(known):
+        raise SettingsError(f"Expected --{option}={text} to be some of {', '.join(known)}, with commas between them.")
+    return [word for word in known if word in words]
 
 
 def _numbers(text: str) -> list[int]:
