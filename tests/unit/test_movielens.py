@@ -204,7 +204,11 @@ class TestCache:
         assert self.downloads == 1
         assert [file.name for file in self.path.parent.iterdir()] == [self.path.name]
 
-    @pytest.mark.parametrize("kept", [b"", b"no gzip", gzip.compress(DATA)[:-9], gzip.compress(DATA[:-5])])
+    @pytest.mark.parametrize(
+        "kept",
+        [b"", b"no gzip", gzip.compress(DATA)[:-9], gzip.compress(DATA[:-5])],
+        ids=["empty", "no gzip", "cut off", "of other data"],
+    )
     def test_a_damaged_cache_is_made_again(self, kept: bytes) -> None:
         self.path.parent.mkdir()
         self.path.write_bytes(kept)
