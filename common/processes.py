@@ -41,7 +41,7 @@ def running(
     """A child process, which is ended with this block, and by the kernel if this process is killed.
 
     A terminal's Ctrl-C does not reach it: that is for this process to pass on, when it is ready. Flower's processes and
-    our own would take the signal even where it was ignored when they were started.
+    our own would take the signal even where it was ignored when they were started. Others cannot read its files.
     """
     process = subprocess.Popen(
         words,
@@ -51,6 +51,7 @@ def running(
         stderr=subprocess.STDOUT,
         pass_fds=descriptors,
         start_new_session=True,
+        umask=0o077,
         preexec_fn=_die_with(os.getpid()),
     )
     try:

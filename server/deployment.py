@@ -90,8 +90,9 @@ def run_server(
         health.status = "waiting for devices"
 
         def gather(cohort: SecureSum) -> None:
-            cohort.await_online(wait, service.patience)
-            service.say(f"{wait} devices are there.")
+            cohort.await_online(wait, service.patience, should_stop)
+            if not should_stop():
+                service.say(f"{wait} devices are there.")
             health.status = "training"
 
         deployment = Deployment(

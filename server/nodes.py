@@ -59,10 +59,13 @@ class Nodes:
         nodes = set(self._grid.get_node_ids())
         return {device for device, node in self._node_of.items() if node in nodes}
 
-    def await_online(self, count: int, patience: float) -> None:
-        """Wait for so many devices. Raises :class:`AggregationError` if they do not come within `patience` seconds."""
+    def await_online(self, count: int, patience: float, should_stop: Callable[[], bool]) -> None:
+        """Wait for so many devices, or until told to stop.
+
+        Raises :class:`AggregationError` if they do not come within `patience` seconds.
+        """
         start = time.monotonic()
-        while len(there := self.online()) < count:
+        while len(there := self.online()) < count and not should_stop():
             if time.monotonic() - start > patience:
                 raise AggregationError(f"Expected {count} devices to connect in {patience:g} s, found {len(there)}.")
             time.sleep(_POLL_SECONDS)
@@ -131,8 +134,9 @@ class Nodes:
         }
         device_of = {self._node_of[device]: device for device in contents}
         traffic.down += sum(size_of(content) for content in contents.values())
-        taken = 0
+        taken, silent = 0, len(messages)
         for reply in self._exchange(list(messages.values())):
+            silent -= 1
             device = device_of.get(reply.metadata.src_node_id)
             try:
                 if device is not None:
@@ -143,8 +147,9 @@ class Nodes:
                     checked(reply)
             except ProtocolError as error:
                 traffic.reasons[str(error)] += 1
+        if silent:
+            traffic.reasons[f"No answer within {self._timeout:g} s."] += silent
         return taken
-
 
     def _exchange(self, messages: list[Message]) -> Iterator[Message]:
         """Send, and yield the answers as they come, until all are there or the time is up.

@@ -94,9 +94,9 @@ class SecureSum:
 
         self._nodes.find(expected, content_of(numbers("I", 0)), identify)
 
-    def await_online(self, count: int, patience: float) -> None:
-        """Wait for so many devices to be connected. Raises :class:`AggregationError` after `patience` seconds."""
-        self._nodes.await_online(count, patience)
+    def await_online(self, count: int, patience: float, should_stop: Callable[[], bool]) -> None:
+        """Wait for so many devices to be connected (:meth:`Nodes.await_online`)."""
+        self._nodes.await_online(count, patience, should_stop)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         traffic = Traffic()

@@ -392,9 +392,7 @@ def _leave(number: int, frame: Any) -> None:
 
     All that matters is on disk by then, and worker processes end with this one.
     """
-    stderr.print(
-        "Interrupted. A run goes on with: fedtopk simulate --resume --out RUN; an experiment with the same command."
-    )
+    stderr.print("Interrupted. A run goes on with --resume; an experiment with the same command.")
     os._exit(130)
 
 

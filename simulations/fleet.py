@@ -123,11 +123,14 @@ def devices_started(
 ) -> Iterator[None]:
     """The processes of these devices, which end with this block; their words are in DEVICE/device.log."""
     with ExitStack() as stack:
+        started = []
         for device in devices:
             log = stack.enter_context((folder / str(device) / "device.log").open("ab"))
             words = [program("fedtopk"), "device", "start", str(folder / str(device))]
-            stack.enter_context(running(words, environment or {}, log))
+            started.append(stack.enter_context(running(words, environment or {}, log)))
         yield
+        for process in started:  # all at once, before each is waited for
+            process.terminate()
 
 
 def _events(histories: Interactions, own: slice) -> Iterator[Event]:
