@@ -18,9 +18,8 @@ parameter                shape          use
 =======================  =============  =============================================================
 
 The cell reads x = [u_a, ρ u_a, ρ] with ρ = reward/5, 2m+1 numbers: a liked and a disliked item of the same kind must be
-able to move the state in opposite directions, which no sum of u_a and ρ can. Without `model.ratings` it reads x = u_a, m
-numbers. Of the last four those are present that
-the objective needs (:attr:`common.settings.Settings.heads`).
+able to move the state in opposite directions, which no sum of u_a and ρ can. Without `model.ratings` it reads x = u_a,
+m numbers. Of the last four those are present that the objective needs (:attr:`common.settings.Settings.heads`).
 
 The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
 moves does not have to replay its history, and one new interaction advances the state in O(1).

@@ -40,7 +40,8 @@ def model_of(cell: str) -> ModelSettings:
 def settings_of(cell: str, **more: object) -> Settings:
     widths = {"model.input_width": M, "model.state_width": N, "model.user_width": W}
     name, _, rest = cell.partition(" ")
-    return parse_flat({"model.cell": name, "model.ratings": not rest} | widths | {key.replace("__", "."): value for key, value in more.items()})
+    cells = {"model.cell": name, "model.ratings": not rest}
+    return parse_flat(cells | widths | {key.replace("__", "."): value for key, value in more.items()})
 
 
 def random_parameters(cell: str, seed: int = 0, scale: float = 2.0) -> Parameters:

@@ -253,7 +253,7 @@ def test_odd_models_are_refused_in_little_memory(name: str) -> None:
     message = message_with(content_of(b"body", model=MODELS[name]))
     tracemalloc.start()
     try:
-        with pytest.raises(ProtocolError, match="to be safetensors|in the record .model."):
+        with pytest.raises(ProtocolError, match=r"to be safetensors|in the record .model."):
             read_model(message)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
