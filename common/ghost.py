@@ -189,7 +189,8 @@ class _Gram:
         return (_gram(self.delta) * _gram(self.inputs)).sum((1, 2))
 
     def add_sum(self, weights: Tensor, into: Tensor) -> None:
-        into += _weighted(self.delta, weights).T @ self.inputs.flatten(0, 1)
+        # The inputs are the narrower ones: of the full softmax, δ is a megabyte a device.
+        into += self.delta.flatten(0, 1).T @ _weighted(self.inputs, weights)
 
 
 @dataclass

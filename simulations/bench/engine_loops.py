@@ -1,0 +1,215 @@
+"""Two of the engines that are compared: the batched one, and the loop over devices that anybody would write first.
+
+Both are in processes that were started for them, so that memory and the time to start are their own.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.local_update import losses_of
+from common.errors import AggregationError
+from common.model import Parameters, flatten
+from common.offer import Offer
+from common.trajectory import Trajectories
+from simulations.batched_cohort import BatchedCohort
+from simulations.bench.engine_workloads import Workload
+from simulations.processes import start_worker
+
+CHECKED = 8
+"""Devices whose sum a plain loop computes first: for the check, and to get warm."""
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        workers: processes.
+        runs: measurements.
+        seconds: how long one lasts at least.
+    """
+
+    workers: int
+    runs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one engine did.
+
+    Attributes:
+        runs: device updates per second of each run.
+        startup_s: seconds from its start until it is ready for a first cohort that costs what the later ones do.
+        peak_rss_mib: each of its processes' most resident memory, summed; pages that they share count in each.
+    """
+
+    runs: list[float]
+    startup_s: float
+    peak_rss_mib: float
+
+
+def measure_batched(workload: Workload, effort: Effort) -> Measured:
+    """:meth:`BatchedCohort.sum_updates` of whole cohorts. Raises :class:`AggregationError`."""
+    begin = time.monotonic()  # of the machine: another process reads the same clock
+    with _process() as process:
+        return process.submit(_batched, workload, effort, begin).result()
+
+
+def measure_plain(workload: Workload, effort: Effort) -> Measured:
+    """The plain loop in so many independent processes, over as many devices as there is time for.
+
+    A cohort's one release, rounding and noise, is left out.
+
+    Raises:
+        AggregationError: its sum is not the batched engine's.
+    """
+    begin, checked = time.monotonic(), workload.limited(CHECKED)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_process()) for _ in range(effort.workers)]
+        starts = [process.submit(_start_plain, workload, checked.devices) for process in processes]
+        sums = [start.result() for start in starts]
+        startup = time.monotonic() - begin
+        rates = []
+        for _ in range(effort.runs):
+            shares = [process.submit(_run_plain, effort.seconds) for process in processes]
+            rates.append(sum(share.result() for share in shares))
+        peak = sum(process.submit(peak_rss_mib).result() for process in processes)
+    for total in sums:
+        expect_equal("plain loop", total, batched_sum(checked))
+    return Measured(rates, startup, peak)
+
+
+def batched_sum(workload: Workload) -> np.ndarray:
+    """(d,) float64: the clipped sum of round 1 over all devices, without noise."""
+    with BatchedCohort(workload.population()) as cohort:
+        offer = workload.offer(1, workload.parameters(), silent=True)
+        return cohort.sum_updates(offer, np.arange(workload.devices)).total
+
+
+def expect_equal(engine: str, total: np.ndarray, expected: np.ndarray) -> None:
+    """Raise :class:`AggregationError` unless two (d,) sums agree in L2, relatively, to 1e-4."""
+    off = float(np.linalg.norm(total - expected) / np.linalg.norm(expected))
+    if not off <= _TOLERANCE:
+        raise AggregationError(
+            f"Expected the {engine}'s sum to be the batched engine's to {_TOLERANCE:g}; it is off by {off:.2g}."
+        )
+
+
+def clipped_gradient(
+    offer: Offer, model: dict[str, torch.nn.Parameter], window: Trajectories, user: Tensor
+) -> tuple[Parameters, Tensor]:
+    """One device's part by autograd: its clipped gradient by parameter, and its (1, w) adapted embedding.
+
+    Args:
+        offer: for everything but the parameters.
+        window: a batch of one.
+        user: (1, w) its embedding.
+    """
+    for value in model.values():
+        value.grad = None
+    loss, user = losses_of(offer.settings, dict(model), window, user, offer.candidates, offer.warm)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.values(), offer.settings.privacy.clip_norm)
+    return {name: value.grad for name, value in model.items() if value.grad is not None}, user
+
+
+def peak_rss_mib(pids: Iterable[int | str] = ("self",)) -> float:
+    """The most memory that each of the processes had resident, summed; those that are gone count 0."""
+    total = 0.0
+    for pid in pids:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return total
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
+
+
+def _batched(workload: Workload, effort: Effort, begin: float) -> Measured:
+    """Rounds from 1; the first one starts the workers and does not count."""
+    parameters, round_ = workload.parameters(), 0
+    with BatchedCohort(workload.population(), effort.workers) as cohort:
+
+        def play() -> int:
+            nonlocal round_
+            round_ += 1
+            members = workload.members(round_)
+            cohort.sum_updates(workload.offer(round_, parameters), members)
+            return len(members)
+
+        warm = play()
+        ready = time.monotonic()
+        rates = [_rate(play, effort.seconds) for _ in range(effort.runs)]
+        workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+        peak = peak_rss_mib(["self", *workers])
+    return Measured(rates, ready - begin - warm / median(rates), peak)
+
+
+class _PlainLoop:
+    """Device after device: forward, backward, clip, add."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._population = workload.population()
+        self._parameters = workload.parameters()
+        self._model = {name: torch.nn.Parameter(value) for name, value in self._parameters.items()}
+        self._sum = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
+        self._offer = workload.offer(1, self._parameters)
+        self._next = 0
+
+    def step(self) -> int:
+        device = np.array([self._next % self._workload.devices])
+        window, user = self._population.windows(self._offer.round, device), self._population.users[device]
+        gradient, user = clipped_gradient(self._offer, self._model, window, user)
+        for name, value in gradient.items():
+            self._sum[name] += value
+        self._population.users[device] = user
+        self._next += 1
+        return 1
+
+    @property
+    def total(self) -> np.ndarray:
+        return flatten(self._sum).double().numpy()
+
+
+_loop: _PlainLoop
+
+
+def _start_plain(workload: Workload, devices: int) -> np.ndarray:
+    """Make this process's loop. Returns the sum over the first devices."""
+    global _loop
+    _loop = _PlainLoop(workload)
+    for _ in range(devices):
+        _loop.step()
+    return _loop.total
+
+
+def _run_plain(seconds: float) -> float:
+    return _rate(_loop.step, seconds)
+
+
+def _rate(step: Callable[[], int], seconds: float) -> float:
+    """Devices per second of steps that each compute some, for so long or once."""
+    devices, begin = 0, time.monotonic()
+    while True:
+        devices += step()
+        elapsed = time.monotonic() - begin
+        if elapsed >= seconds:
+            return devices / elapsed

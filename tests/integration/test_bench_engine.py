@@ -1,0 +1,145 @@
+"""`fedtopk bench engine`: the documented answer, and that all engines do the same work."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import fedtopk
+
+from common.errors import AggregationError, SettingsError
+from common.model import flatten
+from simulations.batched_cohort import BatchedCohort
+from simulations.bench.engine import FLOWER_NODES, compared, grown
+from simulations.bench.engine_loops import batched_sum, clipped_gradient, expect_equal
+from simulations.bench.engine_workloads import Name, Softmax, Workload
+
+TINY = Workload("reference", "sampled", devices=30, cohort=12, items=60, steps=9)
+ROW = {
+    "engine",
+    "softmax",
+    "workers",
+    "devices",
+    "cohort",
+    "items",
+    "steps",
+    "updates_per_second",
+    "spread",
+    "peak_rss_mib",
+    "startup_s",
+    "runs",
+}
+
+
+def rows_of(*words: str) -> list[dict[str, Any]]:
+    """The command fails unless the engines' sums are equal."""
+    done = fedtopk("bench", "engine", "--quick", *words, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert answer.keys() == {"machine", "workload", "rows", "ratios", "growth"}
+    assert answer["growth"] == []
+    for row in answer["rows"]:
+        assert row.keys() == ROW
+        assert len(row["runs"]) == 1 and row["updates_per_second"] == row["runs"][0] > 0
+        assert row["startup_s"] > 0 and row["peak_rss_mib"] > 50
+    ours = {row["softmax"] for row in answer["rows"] if row["engine"] == "fedtopk"}
+    others = {row["engine"] for row in answer["rows"]} - {"fedtopk"}
+    assert answer["ratios"].keys() == ours and all(ratios.keys() == others for ratios in answer["ratios"].values())
+    rows: list[dict[str, Any]] = answer["rows"]
+    return rows
+
+
+def test_ours_and_the_plain_loop() -> None:
+    rows = rows_of("--engines", "fedtopk,plain", "--softmax", "full", "--workers", "2")
+    assert [(row["engine"], row["softmax"], row["workers"]) for row in rows] == [
+        ("fedtopk", "full", 2),
+        ("plain", "full", 1),
+        ("plain", "full", 2),
+    ]
+    sizes = {(row["devices"], row["cohort"], row["items"], row["steps"]) for row in rows}
+    assert sizes == {(60, 40, 200, 10)}
+
+
+def test_flower_with_the_whole_objective() -> None:
+    """Its nodes keep their user embeddings between rounds."""
+    (row,) = rows_of("--workload", "full", "--engines", "flower", "--cohort", "6", "--workers", "1")
+    assert (row["engine"], row["softmax"], row["devices"], row["cohort"]) == ("flower", "sampled", 6, 6)
+
+
+@pytest.mark.parametrize("name", ["reference", "full"])
+@pytest.mark.parametrize("softmax", ["full", "sampled"])
+def test_autograd_adds_up_to_the_batched_sum(name: Name, softmax: Softmax) -> None:
+    workload = replace(TINY, name=name, softmax=softmax).limited(8)
+    parameters, population = workload.parameters(), workload.population()
+    model = {key: torch.nn.Parameter(value) for key, value in parameters.items()}
+    total = {key: torch.zeros_like(value) for key, value in parameters.items()}
+    offer = workload.offer(1, parameters)
+    for device in range(8):
+        window, user = population.windows(1, np.array([device])), population.users[[device]]
+        gradient, _ = clipped_gradient(offer, model, window, user)
+        assert float(flatten(gradient).norm()) <= 1 + 1e-5
+        total = {key: value + gradient[key] for key, value in total.items()}
+    found = flatten(total).numpy()
+    expect_equal("loop", found, batched_sum(workload))
+    with pytest.raises(AggregationError, match=r"the loop's sum to be the batched engine's to 0\.0001"):
+        expect_equal("loop", 1.001 * found, batched_sum(workload))
+
+
+def test_only_the_full_workload_is_noised() -> None:
+    for workload in (TINY, replace(TINY, name="full")):
+        offer, silent = (workload.offer(1, workload.parameters(), silent=silent) for silent in (False, True))
+        with BatchedCohort(workload.population()) as cohort:
+            one, other = (cohort.sum_updates(each, workload.members(1)).total for each in (offer, silent))
+        assert (float(np.linalg.norm(one - other)) > 1) == (workload.name == "full")
+
+
+def test_a_smaller_population_is_the_beginning_of_a_larger_one() -> None:
+    few, many = TINY.limited(5).population(), TINY.population()
+    one, other = (population.windows(1, np.arange(5)) for population in (few, many))
+    assert torch.equal(one.items, other.items) and torch.equal(one.rewards, other.rewards)
+
+
+def test_which_rows_there_are() -> None:
+    workload = Workload("reference", "sampled", 10_000, 2000, 5000, 50)
+    jobs = compared([workload], ["fedtopk", "plain", "flower"], workers=2, runs=3)
+    assert [(job.engine, job.effort.workers, job.workload.devices) for job in jobs] == [
+        ("fedtopk", 2, 10_000),
+        ("plain", 1, 10_000),
+        ("plain", 2, 10_000),
+        ("flower", 2, FLOWER_NODES),
+    ]
+    sizes = [
+        (job.workload.devices, job.workload.cohort, job.workload.items, job.workload.steps, job.effort.workers)
+        for job in grown(workload, workers=2, runs=3)
+    ]
+    assert sizes == [
+        (10_000, 2000, 5000, 50, 2),
+        (1000, 1000, 5000, 50, 2),
+        (100_000, 2000, 5000, 50, 2),
+        (10_000, 50, 5000, 50, 2),
+        (10_000, 500, 5000, 50, 2),
+        (10_000, 10_000, 5000, 50, 2),
+        (10_000, 2000, 50_000, 50, 2),
+        (10_000, 2000, 5000, 200, 2),
+        (10_000, 2000, 5000, 50, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--engines", "ours"), "Expected --engines=ours to be some of fedtopk, plain, flower"),
+        (("--softmax", "full,half"), "Expected --softmax=full,half to be some of full, sampled"),
+    ],
+)
+def test_refuses(words: tuple[str, ...], message: str) -> None:
+    done = fedtopk("bench", "engine", "--quick", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+def test_a_cohort_that_there_is_not() -> None:
+    with pytest.raises(SettingsError, match="Expected --cohort=31 to be at most --devices=30"):
+        replace(TINY, cohort=31)
