@@ -39,7 +39,7 @@ def test_secagg() -> None:
     complete, sparse = answer["rows"]
     assert complete["k"] == 7 and sparse["k"] < 69
     everybody = complete["k"]
-    assert complete["overhead_up_bytes"] == 268 + everybody * 112 + 64 + 64 + 32 + everybody * 32
+    assert complete["overhead_up_bytes"] == 268 + everybody * 112 + 16 + 64 + 32 + everybody * 32
     assert sparse["overhead_up_bytes"] < 20_000 and sparse["overhead_down_bytes"] < 128_000
 
 
