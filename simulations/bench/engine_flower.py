@@ -92,7 +92,9 @@ def make_client_app(workload: Workload) -> ClientApp:
         population, arrays = _population(workload), message.content.array_records[_MODEL]
         model = {name: torch.nn.Parameter(value) for name, value in arrays.to_torch_state_dict().items()}
         device = np.array([context.node_config["partition-id"]])
-        offer = _offer(workload, int(str(message.content.config_records[_ROUND]["number"])))
+        number = message.content.config_records[_ROUND]["number"]
+        assert isinstance(number, int)  # the server below sends it
+        offer = _offer(workload, number)
         user = population.users[device]
         if _USER in context.state.array_records:
             user = torch.from_numpy(context.state.array_records[_USER]["user"].numpy().copy())
