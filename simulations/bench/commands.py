@@ -101,7 +101,8 @@ def engine(
         typer.Option("--workload", help="Cross-entropy by a GRU, or the default objective with its noise."),
     ] = "reference",
     softmax: Annotated[
-        str, typer.Option("--softmax", help="full, sampled, or both. [default: both; of the full workload: sampled]")
+        str,
+        typer.Option("--softmax", help="full, sampled, or both, which is the default; of the full workload: sampled."),
     ] = "",
     engines: Annotated[str, typer.Option("--engines", help="Which of the three.")] = "fedtopk,plain,flower",
     devices: Annotated[int, typer.Option("--devices", min=1, help="N, devices that there are.")] = 10_000,
