@@ -25,8 +25,8 @@ from client.device_store import DeviceStore
 from client.local_update import adapt_users
 from common.catalogue import Catalogue
 from common.errors import ModelError
-from common.ghost import Tape
-from common.model import HEADS, Parameters, Recurrence, check_parameters, condition, policy_weight, queries, shapes
+from common.model import HEADS, Parameters, check_parameters, condition, policy_weight, queries, shapes
+from common.recurrence import Recurrence
 from common.settings import Settings
 from common.slate import explore, top_k
 from common.threads import one_thread
@@ -100,9 +100,7 @@ def advance(
     recurrence = Recurrence(settings.model)
     new = (torch.from_numpy(np.asarray(items, np.int64)), torch.from_numpy(np.asarray(rewards, np.float32)))
     with one_thread(), torch.no_grad():
-        more = recurrence.run(parameters, new[0].unsqueeze(0), new[1].unsqueeze(0), Tape(recording=False), states[-1:])[
-            0
-        ]
+        more = recurrence.run(parameters, new[0].unsqueeze(0), new[1].unsqueeze(0), states[-1:])[0]
     return torch.cat([states, more[1:]])[-1 - settings.training.window :]
 
 
@@ -124,7 +122,7 @@ def query_of(
             items, rewards = items[-newest:], rewards[-newest:]
             window = pad(items, rewards, rewards, np.array([0]), np.array([newest]), support_fraction=0)
             own = adapt_users(settings, parameters, states[:-1].unsqueeze(0), window, own)
-        conditioned = condition(parameters, states[-1:].unsqueeze(0), own, Tape(recording=False))
+        conditioned = condition(parameters, states[-1:].unsqueeze(0), own, None)
         return queries(conditioned, settings.model.temperature)[0, 0]
 
 

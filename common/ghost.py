@@ -14,11 +14,14 @@ A weight may stand in several uses only if they touch different rows of it; othe
 Shapes: B users, T steps; a use's inputs and outputs are (B, T, ·).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+_CACHED = 2**17
 
 
 class Gradient(Protocol):
@@ -46,14 +49,13 @@ class Use(Protocol):
 
 @dataclass
 class Tape:
-    """Collects the uses of one forward pass; an idle tape leaves the computation as it is."""
+    """Collects the uses of one forward pass, whose weights need no gradients of their own."""
 
-    recording: bool = True
     uses: list[Use] = field(default_factory=list)
 
     def watch(self, output: Tensor) -> Tensor:
         """Make sure that a use's output is a node of the autograd graph."""
-        if self.recording and not output.requires_grad:
+        if not output.requires_grad:
             output.requires_grad_()
         return output
 
@@ -71,15 +73,22 @@ class Dense:
         return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
-        return products(deltas[0], self.inputs)
+        return products(cut(deltas[0]), self.inputs)
 
 
 @dataclass
-class Lookup:
-    """y = W[ids]: ids (B, T), y (B, T, i)."""
+class LogSoftmax:
+    """ℓ_t = log softmax(x_t W[rows]ᵀ) at the step's own item: x (B, T, i), ℓ (B, T).
+
+    The residual (B, T, C), in `residuals` some users at a time, is −∂ℓ/∂logits, the probabilities less 1 at the own
+    item. A step's gradient by W is −δ_t residual_t x_tᵀ: nothing as large as the logits is made but the residual, by
+    the forward pass, which also makes its Gram matrices `grams` (B, T, T) while it is at hand.
+    """
 
     weight: str
-    ids: Tensor
+    inputs: Tensor
+    residuals: list[Tensor]
+    grams: Tensor
     output: Tensor
 
     @property
@@ -87,12 +96,38 @@ class Lookup:
         return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
-        return _Scattered(deltas[0], self.ids)
+        return _Gram(self.residuals, -deltas[0].unsqueeze(-1) * self.inputs, self.grams)
+
+
+@dataclass
+class SampledLogSoftmax:
+    """The same over some rows, the `negatives` (C,), and the step's own, W[ids], ids (B, T).
+
+    The residual (B, T, C) belongs to the negatives, an own item among them included; `missing` (B, T) is 1 less the
+    probability of an own item that is none of them, and 0 otherwise: both parts touch different rows.
+    """
+
+    weight: str
+    inputs: Tensor
+    negatives: Tensor
+    residuals: list[Tensor]
+    ids: Tensor
+    missing: Tensor
+    output: Tensor
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return (self.output,)
+
+    def gradient(self, *deltas: Tensor) -> Gradient:
+        scaled = -deltas[0].unsqueeze(-1) * self.inputs
+        picked = _picked(-self.missing, self.ids, scaled)
+        return _Both(_Rows(products(self.residuals, scaled), self.negatives), picked)
 
 
 @dataclass
 class Sampled:
-    """The logits of a sampled softmax: y_j = x · W[negatives_j] and, for each step's own item, z = x · W[ids].
+    """The logits themselves: y_j = x · W[negatives_j] and, for each step's own item, z = x · W[ids].
 
     A step's own item may be a negative of the other steps: `own_column` (B, T) is its column among the (unique)
     negatives, or -1. The own δ is moved into that column, so that both parts touch different rows.
@@ -115,8 +150,8 @@ class Sampled:
         hit = self.own_column >= 0
         moved = torch.where(hit, own, 0).unsqueeze(-1)
         negative = negative.scatter_add(-1, self.own_column.clamp(min=0).unsqueeze(-1), moved)
-        picked = _PickedRows(torch.where(hit, 0, own), self.ids, self.inputs)
-        return _Both(_Rows(products(negative, self.inputs), self.negatives), picked)
+        picked = _picked(torch.where(hit, 0, own), self.ids, self.inputs)
+        return _Both(_Rows(products(cut(negative), self.inputs), self.negatives), picked)
 
 
 @dataclass
@@ -133,7 +168,7 @@ class Picked:
         return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
-        return _PickedRows(deltas[0], self.ids, self.inputs)
+        return _picked(deltas[0], self.ids, self.inputs)
 
 
 @dataclass
@@ -151,46 +186,70 @@ class Crossed:
         return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
-        return _Scattered(deltas[0].transpose(1, 2) @ self.inputs, self.ids)  # rows named twice come twice
+        return scattered(deltas[0].transpose(1, 2) @ self.inputs, self.ids)  # rows named twice come twice
 
 
-def products(delta: Tensor, inputs: Tensor) -> Gradient:
-    """Gradients Σ_t δ_t x_tᵀ of δ (B, T, o) and x (B, T, i), formed where they are no larger than what they are made of
-    and the Gram matrices, which takes half the arithmetic; by their Gram matrices otherwise."""
-    steps, outputs, width = delta.shape[1], delta.shape[2], inputs.shape[2]
-    if outputs * width <= steps * (outputs + width) + 2 * steps * steps:
-        return _Formed(delta.transpose(1, 2) @ inputs)
-    return _Gram(delta, inputs)
+def products(deltas: Sequence[Tensor], inputs: Tensor) -> Gradient:
+    """Gradients Σ_t δ_t x_tᵀ of x (B, T, i) and δ (B, T, o), of which each tensor has some users', in order.
+
+    They are formed where they are no larger than what they are made of and the Gram matrices, which takes half the
+    arithmetic; their norms follow from Gram matrices otherwise.
+    """
+    users, steps, width = inputs.shape
+    outputs = deltas[0].shape[2]
+    if outputs * width > steps * (outputs + width) + 2 * steps * steps:
+        return _Gram(deltas, inputs, torch.cat([gram(delta) for delta in deltas]))
+    values, squares = inputs.new_empty(users, outputs, width), inputs.new_empty(users)
+    start = 0
+    for delta in deltas:
+        some = slice(start, start := start + len(delta))
+        # Copied, because the steps of one user may be far apart in memory, on the same cache lines.
+        torch.bmm(delta.contiguous().transpose(1, 2), inputs[some].contiguous(), out=values[some])
+        torch.linalg.vector_norm(values[some], dim=(1, 2), out=squares[some])
+    return _Formed(values, squares.square_())
+
+
+def scattered(delta: Tensor, ids: Tensor) -> Gradient:
+    """Gradients of a table whose row ids[t] gets δ_t: δ (B, T, i), ids (B, T)."""
+    return _Scattered(delta, ids)
+
+
+def _picked(delta: Tensor, ids: Tensor, inputs: Tensor) -> Gradient:
+    """Row ids[t] gets δ_t x_t: δ (B, T), x (B, T, i)."""
+    return scattered(delta.unsqueeze(-1) * inputs, ids)
 
 
 @dataclass
 class _Formed:
-    """(B, o, i) gradients as they are."""
+    """(B, o, i) gradients as they are, and their (B,) squared norms."""
 
     values: Tensor
+    squares: Tensor
 
     def square_norms(self) -> Tensor:
-        flat = self.values.flatten(1)
-        squares: Tensor = torch.linalg.vecdot(flat, flat)
-        return squares
+        return self.squares
 
     def add_sum(self, weights: Tensor, into: Tensor) -> None:
-        into += (weights @ self.values.flatten(1)).view_as(into)
+        into.view(-1).addmv_(self.values.flatten(1).T, weights)
 
 
 @dataclass
 class _Gram:
-    """Σ_t δ_t x_tᵀ, never formed."""
+    """Σ_t δ_t x_tᵀ, never formed; `delta_gram` (B, T, T) are the inner products of δ."""
 
-    delta: Tensor
+    deltas: Sequence[Tensor]
     inputs: Tensor
+    delta_gram: Tensor
 
     def square_norms(self) -> Tensor:
-        return (_gram(self.delta) * _gram(self.inputs)).sum((1, 2))
+        return (self.delta_gram * gram(self.inputs)).sum((1, 2))
 
     def add_sum(self, weights: Tensor, into: Tensor) -> None:
-        # The inputs are the narrower ones: of the full softmax, δ is a megabyte a device.
-        into += self.delta.flatten(0, 1).T @ _weighted(self.inputs, weights)
+        weighted = self.inputs * weights.view(-1, 1, 1)
+        total = into.new_zeros(into.shape[1], into.shape[0])  # transposed: what is added to most often stays in cache
+        for some, delta in zip(torch.split(weighted, [len(delta) for delta in self.deltas]), self.deltas, strict=True):
+            total.addmm_(some.flatten(0, 1).T, delta.flatten(0, 1))
+        into += total.T
 
 
 @dataclass
@@ -217,26 +276,13 @@ class _Scattered:
     ids: Tensor
 
     def square_norms(self) -> Tensor:
-        return (_gram(self.delta) * _same(self.ids)).sum((1, 2))
+        rows = self.delta.new_zeros(self.ids.numel(), self.delta.shape[2])
+        rows.index_add_(0, _slots(self.ids), self.delta.flatten(0, 1))
+        norms: Tensor = torch.linalg.vector_norm(rows.view(len(self.ids), -1), dim=1)
+        return norms.square()
 
     def add_sum(self, weights: Tensor, into: Tensor) -> None:
         into.index_add_(0, self.ids.flatten(), _weighted(self.delta, weights))
-
-
-@dataclass
-class _PickedRows:
-    """Row ids[t] gets δ_t x_t with δ (B, T)."""
-
-    delta: Tensor
-    ids: Tensor
-    inputs: Tensor
-
-    def square_norms(self) -> Tensor:
-        same = self.delta.unsqueeze(2) * self.delta.unsqueeze(1) * _same(self.ids)
-        return (same * _gram(self.inputs)).sum((1, 2))
-
-    def add_sum(self, weights: Tensor, into: Tensor) -> None:
-        into.index_add_(0, self.ids.flatten(), _weighted(self.delta.unsqueeze(-1), weights) * self.inputs.flatten(0, 1))
 
 
 @dataclass
@@ -254,14 +300,29 @@ class _Both:
         self.other.add_sum(weights, into)
 
 
-def _gram(values: Tensor) -> Tensor:
-    """(B, T, T) inner products between a user's own steps."""
+def gram(values: Tensor) -> Tensor:
+    """(B, T, T) inner products between a user's own steps, of (B, T, ·)."""
     return values @ values.transpose(1, 2)
 
 
-def _same(ids: Tensor) -> Tensor:
-    """(B, T, T) 1 where two steps name the same row."""
-    return (ids.unsqueeze(2) == ids.unsqueeze(1)).float()
+def few(numbers: int) -> int:
+    """Of how many users the `numbers` that each of them has stay in the processor's cache."""
+    return max(_CACHED // max(numbers, 1), 1)
+
+
+def cut(values: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, ·) a few users at a time."""
+    return torch.split(values, few(values.shape[1] * values.shape[2]))
+
+
+def _slots(ids: Tensor) -> Tensor:
+    """(B·T,) numbers that two steps share if they are of one user and name the same row."""
+    users, steps = ids.shape
+    ordered, order = ids.sort(dim=1)
+    changes = torch.zeros_like(ids)
+    changes[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    of_user = torch.empty_like(ids).scatter_(1, order, changes.cumsum(1))
+    return (of_user + steps * torch.arange(users).unsqueeze(1)).flatten()
 
 
 def _weighted(delta: Tensor, weights: Tensor) -> Tensor:

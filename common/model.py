@@ -1,4 +1,4 @@
-"""The recommender: item table, recurrent cell, user embedding, policy π and behaviour β.
+"""The recommender's parameters: item table, recurrent cell, user embedding, policy π and behaviour β.
 
 Everything here is a pure function of ``parameters``, the *shared* part of the model by name, and of what one device
 holds. Shapes: B users, T steps, A items, m input width, n state width, w user width.
@@ -26,23 +26,18 @@ moves does not have to replay its history, and one new interaction advances the 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import ModelError
-from common.ghost import Dense, Lookup, Tape
-from common.scan import CfnScan, GruScan, cfn_steps, gru_steps
+from common.ghost import Dense, Tape
 from common.settings import Head, ModelSettings, Settings
 from common.softmax import log_uniform
-from common.trajectory import HIGHEST_REWARD
 
 Parameters = dict[str, Tensor]
-Scan = Callable[..., Any]
 Group = Literal["items", "cell", "policy", "behaviour", "critic"]
 
 HEADS: dict[Head, str] = {
@@ -144,67 +139,11 @@ def unflatten(vector: Tensor, expected: dict[str, tuple[int, int]]) -> Parameter
     return {name: part.reshape(shape) for (name, shape), part in zip(expected.items(), parts, strict=True)}
 
 
-@dataclass(frozen=True)
-class Recurrence:
-    """A recurrent cell, run over whole trajectories or one interaction at a time."""
-
-    model: ModelSettings
-
-    def run(
-        self, parameters: Parameters, items: Tensor, rewards: Tensor, tape: Tape, start: Tensor | None = None
-    ) -> Tensor:
-        """States before each step and after the last one, (B, T+1, n).
-
-        Args:
-            items: (B, T) catalogue indices.
-            rewards: (B, T) in [-5, 5].
-            start: (B, n) state to go on from; zeros at the beginning of a history.
-        """
-        if self.model.cell == "none":
-            batch, steps = items.shape
-            return rewards.new_zeros(batch, steps + 1, self.model.state_width)
-        embedded = tape.watch(parameters["items.embedding"][items])
-        tape.uses.append(Lookup("items.embedding", items, embedded))
-        inputs = embedded
-        if self.model.ratings:
-            rating = (rewards / HIGHEST_REWARD).unsqueeze(-1)
-            inputs = torch.cat([embedded, rating * embedded, rating], -1)
-        biased = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
-        state = inputs.new_zeros(len(items), self.model.state_width) if start is None else start
-        step = self._cfn if self.model.cell == "cfn" else self._gru
-        return step(parameters, inputs, biased, state, tape)
-
-    def _cfn(self, parameters: Parameters, inputs: Tensor, biased: Tensor, state: Tensor, tape: Tape) -> Tensor:
-        """Chaos-free network (Laurent & von Brecht 2017): s' = z ⊙ tanh(s) + i ⊙ tanh(W u)."""
-        width = self.model.state_width
-        weight = parameters["cell.gates"]
-        gates = tape.watch(biased @ weight[:, :-width].T)
-        candidate = tape.watch(inputs @ parameters["cell.candidate"].T)
-        recurrent = weight[:, -width:]
-        scan: Scan = CfnScan.apply if tape.recording else cfn_steps
-        states: Tensor = scan(gates, torch.tanh(candidate), state, recurrent)
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, states[:, :-1]], -1), gates))
-        tape.uses.append(Dense("cell.candidate", inputs, candidate))
-        return states
-
-    def _gru(self, parameters: Parameters, inputs: Tensor, biased: Tensor, state: Tensor, tape: Tape) -> Tensor:
-        """Gated recurrent unit (Cho et al. 2014): the reset gate acts on the state before the candidate's matrix."""
-        width = self.model.state_width
-        gate_weight, candidate_weight = parameters["cell.gates"], parameters["cell.candidate"]
-        gates = tape.watch(biased @ gate_weight[:, :-width].T)
-        candidate = tape.watch(biased @ candidate_weight[:, :-width].T)
-        scan: Scan = GruScan.apply if tape.recording else gru_steps
-        states: Tensor
-        states, left = scan(gates, candidate, state, gate_weight[:, -width:], candidate_weight[:, -width:])
-        tape.uses.append(Dense("cell.gates", torch.cat([biased, states[:, :-1]], -1), gates))
-        tape.uses.append(Dense("cell.candidate", torch.cat([biased, left], -1), candidate))
-        return states
-
-
-def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape) -> Tensor:
+def condition(parameters: Parameters, states: Tensor, users: Tensor, tape: Tape | None) -> Tensor:
     """h_t = s_t + P e_u: (B, T, n) states conditioned on (B, w) user embeddings."""
-    shift = tape.watch(users.unsqueeze(1) @ parameters["user.projection"].T)
-    tape.uses.append(Dense("user.projection", users.unsqueeze(1), shift))
+    shift = users.unsqueeze(1) @ parameters["user.projection"].T
+    if tape is not None:
+        tape.uses.append(Dense("user.projection", users.unsqueeze(1), tape.watch(shift)))
     return states + shift
 
 

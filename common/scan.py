@@ -1,135 +1,178 @@
-"""The recurrent cells' loops over time, with their backward passes written out.
+"""The recurrent cells' loops over time, differentiated by hand.
 
 Autograd would keep a node and a fresh tensor for each of some twenty operations of each step. Here a step works in
-buffers that are there before the loop, and the backward pass makes what is asked for and nothing else: the gradients of
-the cell's linear outputs, from which ghost norms and sums follow (:mod:`common.ghost`). No weight gets a gradient.
+buffers that are there before the loop, time runs along the first axis, so that a step is one contiguous piece of
+memory, and the backward loop makes what is asked for and nothing else: δ of the cell's linear outputs, from which ghost
+norms and sums follow (:mod:`common.ghost`). No weight gets a gradient.
 
-Inside, time runs along the first axis, so that a step is one contiguous piece of memory. The plain loops,
-:func:`cfn_steps` and :func:`gru_steps`, are for whatever needs more of autograd, and the truth in
-``tests/unit/test_scan.py``. B devices, T steps, states of width n.
+The plain loops, :func:`cfn_steps` and :func:`gru_steps`, are for whatever needs autograd, and the truth in
+``tests/unit/test_scan.py``. B devices, T steps, input width x, states of width n; weights as in :mod:`common.model`.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class CfnScan(torch.autograd.Function):
-    """s' = z ⊙ tanh(s) + i ⊙ d with [z, i] = σ(g + U s).
+class Scan(Protocol):
+    """One cell, run over T steps from states of 0.
 
-    ``apply(gates (B, T, 2n), driven (B, T, n), state (B, n), recurrent (2n, n))`` gives the states (B, T+1, n), with
-    gradients of the first two.
+    Attributes:
+        states: (T+1, B, n), before each step and after the last one.
+        inputs: (T, B, x+1+n) what the gates read: [x, 1, state].
     """
 
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, driven: Tensor, state: Tensor, recurrent: Tensor) -> Tensor:
-        transposed = recurrent.T
-        opened, driven = _by_time(gates), _by_time(driven)
-        states = state.new_empty(len(opened) + 1, *state.shape)
-        states[0] = state
-        squashed = torch.empty_like(driven)
-        for t in range(len(opened)):
-            keep, take = opened[t].addmm_(states[t], transposed).sigmoid_().chunk(2, -1)
-            torch.tanh(states[t], out=squashed[t])
-            torch.mul(take, driven[t], out=states[t + 1])
-            states[t + 1].addcmul_(keep, squashed[t])
-        ctx.save_for_backward(driven, opened, squashed, recurrent)
-        return states.transpose(0, 1)
+    states: Tensor
+    inputs: Tensor
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        driven, opened, squashed, recurrent = ctx.saved_tensors
-        wanted = _by_time(gradients[0])
-        width = driven.shape[-1]
-        gates, drives = torch.empty_like(opened), torch.empty_like(driven)
+    def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
+        """From the loss's gradient by the states, (T+1, B, n): δ of the inputs x, (T, B, x), and for each weight its
+        name, δ (T, B, o) and inputs (T, B, i): the weight's gradient is Σ_t δ_t i_tᵀ."""
+
+
+class CfnScan:
+    """s' = z ⊙ tanh(s) + i ⊙ tanh(V x) with [z, i] = σ(W [x, 1, s]).
+
+    Args:
+        inputs: (T, B, x).
+        gates: (2n, x+1+n), W.
+        candidate: (n, x), V.
+    """
+
+    def __init__(self, inputs: Tensor, gates: Tensor, candidate: Tensor) -> None:
+        steps, devices, x = inputs.shape
+        n = len(candidate)
+        self._gates, self._candidate, self._x = gates, candidate, x
+        self.inputs = _with_room(inputs, n)
+        self._opened = inputs.new_empty(steps, devices, 2 * n)
+        self._driven = inputs.new_empty(steps, devices, n)
+        self._squashed = inputs.new_empty(steps, devices, n)
+        self.states = inputs.new_zeros(steps + 1, devices, n)
+        reads, drives = gates.T, candidate.T
+        for t in range(steps):
+            state = self.states[t]
+            self.inputs[t, :, x + 1 :] = state
+            keep, take = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
+            tanh_(torch.mm(inputs[t], drives, out=self._driven[t]))
+            tanh_(self._squashed[t].copy_(state))
+            torch.mul(take, self._driven[t], out=self.states[t + 1]).addcmul_(keep, self._squashed[t])
+
+    def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
+        """As :meth:`Scan.backward`."""
+        x, n = self._x, wanted.shape[-1]
+        by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
+        gates, drives = torch.empty_like(self._opened), torch.empty_like(self._driven)
+        inputs = wanted.new_empty(*drives.shape[:2], x)
         later = wanted[-1].clone()  # what the state after the step is asked for
-        both, one = torch.empty_like(opened[0]), torch.empty_like(later)
-        for t in range(len(driven) - 1, -1, -1):
-            keep, take = opened[t].chunk(2, -1)
+        both, one = later.new_empty(len(later), 2 * n), torch.empty_like(later)
+        for t in range(len(drives) - 1, -1, -1):
+            opened, driven, squashed = self._opened[t], self._driven[t], self._squashed[t]
+            keep, take = opened.chunk(2, -1)
+            torch.mul(later, squashed, out=gates[t, :, :n])
+            torch.mul(later, driven, out=gates[t, :, n:])
+            torch.addcmul(opened, opened, opened, value=-1, out=both)  # σ' = σ − σ²
+            gates[t].mul_(both)
             torch.mul(later, take, out=drives[t])
-            torch.mul(later, squashed[t], out=gates[t, :, :width])
-            torch.mul(later, driven[t], out=gates[t, :, width:])
-            torch.addcmul(opened[t], opened[t], opened[t], value=-1, out=both)  # σ' = σ − σ²
-            gates[t].mul_(both)
+            torch.mul(drives[t], driven, out=one)
+            drives[t].addcmul_(one, driven, value=-1)  # tanh' = 1 − tanh²
             later.mul_(keep)
-            torch.mul(later, squashed[t], out=one)
-            later.addcmul_(one, squashed[t], value=-1)  # tanh' = 1 − tanh²
-            later.addmm_(gates[t], recurrent).add_(wanted[t])
-        return gates.transpose(0, 1), drives.transpose(0, 1), None, None
+            torch.mul(later, squashed, out=one)
+            later.addcmul_(one, squashed, value=-1).addmm_(gates[t], by_state).add_(wanted[t])
+            torch.mm(gates[t], by_input, out=inputs[t]).addmm_(drives[t], self._candidate)
+        return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", drives, self.inputs[..., :x])]
 
 
-class GruScan(torch.autograd.Function):
-    """s' = z ⊙ s + (1 − z) ⊙ tanh(c + V (r ⊙ s)) with [z, r] = σ(g + U s).
+class GruScan:
+    """s' = z ⊙ s + (1 − z) ⊙ tanh(V [x, 1, r ⊙ s]) with [z, r] = σ(W [x, 1, s]).
 
-    ``apply(gates (B, T, 2n), candidates (B, T, n), state (B, n), recurrent U (2n, n), reset V (n, n))`` gives the
-    states (B, T+1, n) and r ⊙ s (B, T, n), with gradients of the first two, by the states.
+    Args:
+        inputs: (T, B, x).
+        gates: (2n, x+1+n), W.
+        candidate: (n, x+1+n), V.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, gates: Tensor, candidates: Tensor, state: Tensor, recurrent: Tensor, reset: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        transposed, crossed = recurrent.T, reset.T
-        opened, fresh = _by_time(gates), _by_time(candidates)
-        states = state.new_empty(len(opened) + 1, *state.shape)
-        states[0] = state
-        left = torch.empty_like(fresh)
-        for t in range(len(opened)):
-            keep, kept = opened[t].addmm_(states[t], transposed).sigmoid_().chunk(2, -1)
-            torch.mul(kept, states[t], out=left[t])
-            torch.lerp(fresh[t].addmm_(left[t], crossed).tanh_(), states[t], keep, out=states[t + 1])
-        ctx.save_for_backward(states, opened, fresh, recurrent, reset)
-        outputs = states.transpose(0, 1), left.transpose(0, 1)
-        ctx.mark_non_differentiable(outputs[1])
-        return outputs
+    def __init__(self, inputs: Tensor, gates: Tensor, candidate: Tensor) -> None:
+        steps, devices, x = inputs.shape
+        n = len(candidate)
+        self._gates, self._candidate, self._x = gates, candidate, x
+        self.inputs = _with_room(inputs, n)
+        self._left = self.inputs.clone()
+        self._opened = inputs.new_empty(steps, devices, 2 * n)
+        self._fresh = inputs.new_empty(steps, devices, n)
+        self.states = inputs.new_zeros(steps + 1, devices, n)
+        reads, drives = gates.T, candidate.T
+        for t in range(steps):
+            state = self.states[t]
+            self.inputs[t, :, x + 1 :] = state
+            keep, kept = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
+            torch.mul(kept, state, out=self._left[t, :, x + 1 :])
+            fresh = tanh_(torch.mm(self._left[t], drives, out=self._fresh[t]))
+            torch.lerp(fresh, state, keep, out=self.states[t + 1])
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        states, opened, fresh, recurrent, reset = ctx.saved_tensors
-        wanted = _by_time(gradients[0])
-        width = fresh.shape[-1]
-        gates, candidates = torch.empty_like(opened), torch.empty_like(fresh)
+    def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
+        """As :meth:`Scan.backward`."""
+        x, n = self._x, wanted.shape[-1]
+        by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
+        of_input, of_left = self._candidate[:, :x].contiguous(), self._candidate[:, x + 1 :].contiguous()
+        gates, candidates = torch.empty_like(self._opened), torch.empty_like(self._fresh)
+        inputs = wanted.new_empty(*candidates.shape[:2], x)
         later = wanted[-1].clone()  # what the state after the step is asked for
-        both, one = torch.empty_like(opened[0]), torch.empty_like(later)
-        for t in range(len(fresh) - 1, -1, -1):
-            keep, kept = opened[t].chunk(2, -1)
-            of_keep, of_kept = gates[t, :, :width], gates[t, :, width:]
-            torch.sub(states[t], fresh[t], out=of_keep).mul_(later)
+        both, one = later.new_empty(len(later), 2 * n), torch.empty_like(later)
+        for t in range(len(candidates) - 1, -1, -1):
+            opened, fresh, state = self._opened[t], self._fresh[t], self.states[t]
+            keep, kept = opened.chunk(2, -1)
+            torch.sub(state, fresh, out=gates[t, :, :n]).mul_(later)
             torch.addcmul(later, later, keep, value=-1, out=one)  # of the candidate's tanh
-            torch.mul(one, fresh[t], out=candidates[t])
-            torch.addcmul(one, candidates[t], fresh[t], value=-1, out=candidates[t])  # tanh' = 1 − tanh²
-            torch.mm(candidates[t], reset, out=one)  # of r ⊙ s
-            torch.mul(one, states[t], out=of_kept)
-            torch.addcmul(opened[t], opened[t], opened[t], value=-1, out=both)  # σ' = σ − σ²
+            torch.mul(one, fresh, out=candidates[t])
+            torch.addcmul(one, candidates[t], fresh, value=-1, out=candidates[t])  # tanh' = 1 − tanh²
+            torch.mm(candidates[t], of_left, out=one)  # of r ⊙ s
+            torch.mul(one, state, out=gates[t, :, n:])
+            torch.addcmul(opened, opened, opened, value=-1, out=both)  # σ' = σ − σ²
             gates[t].mul_(both)
-            later.mul_(keep).addcmul_(one, kept).addmm_(gates[t], recurrent).add_(wanted[t])
-        return gates.transpose(0, 1), candidates.transpose(0, 1), None, None, None
+            later.mul_(keep).addcmul_(one, kept).addmm_(gates[t], by_state).add_(wanted[t])
+            torch.mm(gates[t], by_input, out=inputs[t]).addmm_(candidates[t], of_input)
+        return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", candidates, self._left)]
 
 
-def _by_time(values: Tensor) -> Tensor:
-    """(T, B, ·) of (B, T, ·), a contiguous copy."""
-    return values.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+def _with_room(inputs: Tensor, n: int) -> Tensor:
+    """(T, B, x+1+n) of (T, B, x): [x, 1, room for n]."""
+    steps, devices, x = inputs.shape
+    roomy = inputs.new_empty(steps, devices, x + 1 + n)
+    roomy[..., :x] = inputs
+    roomy[..., x] = 1
+    return roomy
 
 
-def cfn_steps(gates: Tensor, driven: Tensor, state: Tensor, recurrent: Tensor) -> Tensor:
-    """As :class:`CfnScan`, differentiable by everything."""
+def tanh_(values: Tensor) -> Tensor:
+    """tanh in place, as 2σ(2x) − 1, which torch computes in a third of the time, to 1e-7."""
+    return values.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+def cfn_steps(inputs: Tensor, gates: Tensor, candidate: Tensor, state: Tensor) -> Tensor:
+    """(B, T+1, n) the states of :class:`CfnScan` on inputs (B, T, x), from `state` (B, n), differentiable."""
+    x = inputs.shape[-1]
+    opened, driven = _linear(inputs, gates[:, : x + 1]), torch.tanh(inputs @ candidate.T)
     states = [state]
     # unbind, not an index per step: each index would add a whole (B, T, ·) gradient to the backward pass.
-    for gate, drive in zip(gates.unbind(1), driven.unbind(1), strict=True):
-        keep, take = torch.sigmoid(torch.addmm(gate, states[-1], recurrent.T)).chunk(2, -1)
+    for gate, drive in zip(opened.unbind(1), driven.unbind(1), strict=True):
+        keep, take = torch.sigmoid(torch.addmm(gate, states[-1], gates[:, x + 1 :].T)).chunk(2, -1)
         states.append(keep * torch.tanh(states[-1]) + take * drive)
     return torch.stack(states, 1)
 
 
-def gru_steps(
-    gates: Tensor, candidates: Tensor, state: Tensor, recurrent: Tensor, reset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As :class:`GruScan`, differentiable by everything."""
-    states, left = [state], list[Tensor]()
-    for gate, drive in zip(gates.unbind(1), candidates.unbind(1), strict=True):
-        keep, kept = torch.sigmoid(torch.addmm(gate, states[-1], recurrent.T)).chunk(2, -1)
-        left.append(kept * states[-1])
-        fresh = torch.tanh(torch.addmm(drive, left[-1], reset.T))
+def gru_steps(inputs: Tensor, gates: Tensor, candidate: Tensor, state: Tensor) -> Tensor:
+    """(B, T+1, n) the states of :class:`GruScan` on inputs (B, T, x), from `state` (B, n), differentiable."""
+    x = inputs.shape[-1]
+    opened, driven = _linear(inputs, gates[:, : x + 1]), _linear(inputs, candidate[:, : x + 1])
+    states = [state]
+    for gate, drive in zip(opened.unbind(1), driven.unbind(1), strict=True):
+        keep, kept = torch.sigmoid(torch.addmm(gate, states[-1], gates[:, x + 1 :].T)).chunk(2, -1)
+        fresh = torch.tanh(torch.addmm(drive, kept * states[-1], candidate[:, x + 1 :].T))
         states.append(keep * states[-1] + (1 - keep) * fresh)
-    return torch.stack(states, 1), torch.stack(left, 1) if left else candidates
+    return torch.stack(states, 1)
+
+
+def _linear(inputs: Tensor, weight: Tensor) -> Tensor:
+    """W [x, 1] of inputs (B, T, x) and W (o, x+1)."""
+    return inputs @ weight[:, :-1].T + weight[:, -1]

@@ -12,15 +12,17 @@ Noise contrast (Gutmann & Hyvärinen 2010; Mnih & Teh 2012) fits f itself to be 
 m drawn ones by logistic regression on f_j − log(m Q_j), so that the normaliser is learned and not estimated.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import embedding, logsigmoid
 
-from common.ghost import Crossed, Dense, Sampled, Tape
+from common.ghost import Crossed, Dense, LogSoftmax, Sampled, SampledLogSoftmax, Tape, few, gram
 from common.slate import inclusion
 
 
@@ -65,15 +67,24 @@ class ItemLikelihood:
     Attributes:
         log_probability: (B, T) log-probability of each step's item.
         fit: (B, T) what training raises: `log_probability`, or the log-likelihood of noise contrast.
-        own: (B, T) logit of each step's item.
-        logits: (B, T, C) logits of the candidates.
-        log_weights: (C,) or (B, T, C) log of how many items each candidate stands for; None: the candidates are all
-            items, the step's own among them.
-        column: (B, T) the candidate that is the step's item and counts for nothing, since that counts by itself; or -1.
     """
 
     log_probability: Tensor
     fit: Tensor
+
+
+@dataclass(frozen=True)
+class CandidateLikelihood(ItemLikelihood):
+    """What it says of the candidates beside.
+
+    Attributes:
+        own: (B, T) logit of each step's item.
+        logits: (B, T, C) logits of the candidates.
+        log_weights: (C,) log of how many items each candidate stands for; None: the candidates are all items, the
+            step's own among them.
+        column: (B, T) the candidate that is the step's item and counts for nothing, since that counts by itself; or -1.
+    """
+
     own: Tensor
     logits: Tensor
     log_weights: Tensor | None = None
@@ -87,13 +98,12 @@ class ItemLikelihood:
         """
         log_normaliser = self.own - self.log_probability
         shown = inclusion(self.logits - log_normaliser.unsqueeze(-1), slate_size)
-        if self.log_weights is None:
+        if self.log_weights is None or self.column is None:
             return (shown * candidates).sum(-1)
         weighted = candidates * self.log_weights.exp()
-        if self.column is not None:
-            place = self.column.clamp(min=0).unsqueeze(-1)
-            kept = torch.where(self.column.unsqueeze(-1) >= 0, 0, weighted.gather(-1, place))
-            weighted = weighted.scatter(-1, place, kept)
+        place = self.column.clamp(min=0).unsqueeze(-1)
+        kept = torch.where(self.column.unsqueeze(-1) >= 0, 0, weighted.gather(-1, place))
+        weighted = weighted.scatter(-1, place, kept)
         return (shown * weighted).sum(-1) + inclusion(self.log_probability, slate_size) * own
 
 
@@ -143,7 +153,7 @@ def _negatives(drawn: np.ndarray, probability: np.ndarray, contrast: bool) -> Ne
 
 
 def likelihood(
-    weight: Tensor, name: str, queries: Tensor, items: Tensor, mask: Tensor, candidates: Candidates, tape: Tape
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, mask: Tensor, candidates: Candidates, tape: Tape | None
 ) -> ItemLikelihood:
     """What a head says of each step's item.
 
@@ -154,103 +164,147 @@ def likelihood(
         items: (B, T) int64.
         mask: (B, T) bool, the steps that are real.
         candidates: what to normalise over.
+        tape: takes the uses of the weight, which then gets no gradient by itself; None: it does, by autograd.
     """
-    if isinstance(candidates, Negatives):
-        return _sampled(weight, name, queries, items, candidates, tape)
     if isinstance(candidates, InBatch):
         return _in_batch(weight, name, queries, items, mask, candidates, tape)
-    logits = tape.watch(queries @ weight.T)
-    tape.uses.append(Dense(name, queries, logits))
-    log_probability: Tensor = _ItemLogSoftmax.apply(logits, items)  # type: ignore[no-untyped-call]
-    own = logits.gather(-1, items.unsqueeze(-1)).squeeze(-1)
-    return ItemLikelihood(log_probability, log_probability, own, logits)
+    if tape is None or (candidates is not None and candidates.contrast):
+        return candidate_likelihood(weight, name, queries, items, candidates, tape)
+    with torch.no_grad():
+        if candidates is None:
+            log_probability, slope, residuals, grams = _log_softmax(weight, queries, items)
+        else:
+            log_probability, slope, residuals, missing = _sampled_log_softmax(weight, queries, items, candidates)
+    log_probability = tape.watch(_Sloped.apply(queries, log_probability, slope))  # type: ignore[no-untyped-call]
+    if candidates is None:
+        tape.uses.append(LogSoftmax(name, queries, residuals, grams, log_probability))
+    else:
+        ids = candidates.ids
+        tape.uses.append(SampledLogSoftmax(name, queries, ids, residuals, items, missing, log_probability))
+    return ItemLikelihood(log_probability, log_probability)
 
 
-def _sampled(
-    weight: Tensor, name: str, queries: Tensor, items: Tensor, negatives: Negatives, tape: Tape
-) -> ItemLikelihood:
-    drawn = tape.watch(queries @ weight[negatives.ids].T)
-    own = tape.watch((queries * weight[items]).sum(-1))
-    column = negatives.column[items]
-    tape.uses.append(Sampled(name, queries, negatives.ids, items, column, drawn, own))
-    log_probability: Tensor = _SampledLogSoftmax.apply(  # type: ignore[no-untyped-call]
-        drawn, own, negatives.log_weights, column
-    )[0]
+def candidate_likelihood(
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, candidates: Negatives | None, tape: Tape | None
+) -> CandidateLikelihood:
+    """As :func:`likelihood`, with the candidates' logits, for what reads more of them than log π."""
+    if candidates is None:
+        logits = queries @ weight.T
+        if tape is not None:
+            tape.uses.append(Dense(name, queries, tape.watch(logits)))
+        own = logits.gather(-1, items.unsqueeze(-1)).squeeze(-1)
+        log_probability = own - logits.logsumexp(-1)
+        return CandidateLikelihood(log_probability, log_probability, own, logits)
+    drawn, own = queries @ weight[candidates.ids].T, (queries * embedding(items, weight)).sum(-1)
+    column = candidates.column[items]
+    if tape is not None:
+        use = Sampled(name, queries, candidates.ids, items, column, tape.watch(drawn), tape.watch(own))
+        tape.uses.append(use)
+    masses = _without(column, drawn + candidates.log_weights)
+    log_probability = own - torch.cat([masses, own.unsqueeze(-1)], -1).logsumexp(-1)
     fit = log_probability
-    if negatives.contrast:
-        expected = negatives.log_expected
-        counts = (negatives.log_weights + expected[negatives.ids]).exp()
-        noise = (counts * logsigmoid(expected[negatives.ids] - drawn)).sum(-1)
+    if candidates.contrast:
+        expected = candidates.log_expected
+        counts = (candidates.log_weights + expected[candidates.ids]).exp()
+        noise = (counts * logsigmoid(expected[candidates.ids] - drawn)).sum(-1)
         fit = logsigmoid(own - expected[items]) + noise
-    return ItemLikelihood(log_probability, fit, own, drawn, negatives.log_weights, column)
+    return CandidateLikelihood(log_probability, fit, own, drawn, candidates.log_weights, column)
+
+
+def _without(column: Tensor, masses: Tensor) -> Tensor:
+    """Log-masses (B, T, C) without each step's own item: an accidental hit counts for nothing."""
+    place = column.clamp(min=0).unsqueeze(-1)
+    kept = torch.where(column.unsqueeze(-1) >= 0, -torch.inf, masses.gather(-1, place))
+    return masses.scatter(-1, place, kept)
 
 
 def _in_batch(
-    weight: Tensor, name: str, queries: Tensor, items: Tensor, mask: Tensor, candidates: InBatch, tape: Tape
+    weight: Tensor, name: str, queries: Tensor, items: Tensor, mask: Tensor, candidates: InBatch, tape: Tape | None
 ) -> ItemLikelihood:
-    logits = tape.watch(queries @ weight[items].transpose(1, 2))
-    tape.uses.append(Crossed(name, queries, items, logits))
+    logits = queries @ weight[items].transpose(1, 2)
+    if tape is not None:
+        tape.uses.append(Crossed(name, queries, items, tape.watch(logits)))
     own = logits.diagonal(dim1=1, dim2=2)
     draws = mask.sum(-1, keepdim=True) - 1  # the other steps
     log_weights = (-candidates.log_q[items] - draws.clamp(min=1).log()).unsqueeze(1)
     usable = mask.unsqueeze(1) & (items.unsqueeze(1) != items.unsqueeze(2))
     log_weights = torch.where(usable, log_weights, -torch.inf)
     log_probability = own - torch.cat([logits + log_weights, own.unsqueeze(-1)], -1).logsumexp(-1)
-    return ItemLikelihood(log_probability, log_probability, own, logits, log_weights)
+    return ItemLikelihood(log_probability, log_probability)
 
 
-class _ItemLogSoftmax(torch.autograd.Function):
-    """log softmax(logits)[items] with one pass over the logits each way: they are most of the memory traffic.
+_LOG2E = math.log2(math.e)  # exp(x) as 2^(x log2 e): torch computes powers of 2 in half the time
 
-    Autograd's own chain would write the (B, T, A) gradient three times.
+
+def _log_softmax(weight: Tensor, queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """log softmax(q Wᵀ)[items] (B, T), its slope by the queries (B, T, i), its residuals and their Gram matrices, see
+    :class:`common.ghost.LogSoftmax`.
+
+    The logits are most of the memory traffic: a few users at a time, they become the residual in place, and all that is
+    wanted of it but its weighted sum is made while it is in the cache.
     """
+    log_probability, slope = torch.empty_like(queries[..., 0]), torch.empty_like(queries)
+    grams, residuals = queries.new_empty(*items.shape, items.shape[1]), []
+    for some in _cuts(items, len(weight)):
+        at = items[some].unsqueeze(-1)
+        logits = (queries[some] * _LOG2E) @ weight.T
+        highest = logits.amax(-1, keepdim=True)
+        own = logits.gather(-1, at) - highest
+        logits.sub_(highest).exp2_()
+        normaliser = logits.sum(-1, keepdim=True)
+        residual = logits.div_(normaliser).scatter_add_(-1, at, logits.new_full((), -1).expand_as(at))
+        log_probability[some] = (own / _LOG2E - normaliser.log()).squeeze(-1)
+        slope[some] = residual @ weight
+        grams[some] = gram(residual)
+        residuals.append(residual)
+    return log_probability, slope.neg_(), residuals, grams
 
-    generate_vmap_rule = True
+
+def _sampled_log_softmax(
+    weight: Tensor, queries: Tensor, items: Tensor, negatives: Negatives
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """own − log Ẑ (B, T), its slope by the queries (B, T, i), its residuals and what is `missing`, see
+    :class:`common.ghost.SampledLogSoftmax`."""
+    rows, own_rows, column = weight[negatives.ids], embedding(items, weight), negatives.column[items]
+    scaled, log_weights = queries * _LOG2E, negatives.log_weights.to(queries.dtype) * _LOG2E
+    owns = (scaled * own_rows).sum(-1)
+    hits, places = column >= 0, column.clamp(min=0).unsqueeze(-1)
+    without = torch.where(hits, -torch.inf, 0).to(queries.dtype).unsqueeze(-1)
+    log_probability, missing, slope = torch.empty_like(owns), torch.empty_like(owns), torch.empty_like(queries)
+    residuals = []
+    for some in _cuts(items, len(rows)):
+        masses = (scaled[some] @ rows.T).add_(log_weights).scatter_add_(-1, places[some], without[some])
+        highest = torch.maximum(masses.amax(-1), owns[some])
+        masses.sub_(highest.unsqueeze(-1)).exp2_()
+        others = masses.sum(-1)
+        own = owns[some] - highest
+        normaliser = others + own.exp2()
+        log_probability[some] = own / _LOG2E - normaliser.log()
+        missing[some] = others / normaliser
+        moved = torch.where(hits[some], -missing[some], 0).unsqueeze(-1)
+        residual = masses.div_(normaliser.unsqueeze(-1)).scatter_add_(-1, places[some], moved)
+        slope[some] = residual @ rows
+        residuals.append(residual)
+    missing.masked_fill_(hits, 0)
+    return log_probability, (own_rows * missing.unsqueeze(-1)).sub_(slope), residuals, missing
+
+
+def _cuts(items: Tensor, width: int) -> Iterator[slice]:
+    """A few users' steps at a time, each of `width` logits."""
+    size = few(items.shape[1] * width)
+    for start in range(0, len(items), size):
+        yield slice(start, start + size)
+
+
+class _Sloped(torch.autograd.Function):
+    """``apply(queries (…, i), values (…), slope (…, i))``: the values, whose gradient by the queries is the slope."""
 
     @staticmethod
-    def forward(logits: Tensor, items: Tensor) -> Tensor:
-        return logits.gather(-1, items.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    def forward(ctx: Any, queries: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return values
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, items, log_probability = ctx.saved_tensors
-        (gradient,) = gradients
-        at = items.unsqueeze(-1)
-        log_normaliser = logits.gather(-1, at) - log_probability.unsqueeze(-1)
-        delta = (logits - log_normaliser).exp_().mul_(-gradient.unsqueeze(-1))
-        return delta.scatter_add_(-1, at, gradient.unsqueeze(-1)), None
-
-
-class _SampledLogSoftmax(torch.autograd.Function):
-    """own − log Ẑ, with the exponentials of the forward pass kept for the backward one: they are most of the work.
-
-    A step's own item is masked among the negatives (`column`, or -1): an accidental hit counts for nothing.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(drawn: Tensor, own: Tensor, log_weights: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        place = column.clamp(min=0).unsqueeze(-1)
-        masses = drawn + log_weights
-        kept = torch.where(column.unsqueeze(-1) >= 0, -torch.inf, masses.gather(-1, place))
-        masses = masses.scatter(-1, place, kept)  # in place from here on: a copy costs as much as the exponentials
-        highest = torch.maximum(masses.amax(-1), own)
-        masses.sub_(highest.unsqueeze(-1)).exp_()
-        normaliser = masses.sum(-1) + (own - highest).exp()
-        return own - highest - normaliser.log(), masses.div_(normaliser.unsqueeze(-1))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        log_probability, probabilities = output
-        ctx.mark_non_differentiable(probabilities)
-        ctx.save_for_backward(log_probability, probabilities)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        log_probability, probabilities = ctx.saved_tensors
-        return probabilities * -gradient.unsqueeze(-1), gradient * (1 - log_probability.exp()), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0].unsqueeze(-1) * slope, None, None

@@ -37,6 +37,9 @@ from simulations.processes import keep_freed_memory, start_worker
 _BLOCK_LOGITS = {"full": 80_000, "sampled": 65_536, "nce": 65_536}
 """Candidates times devices of a block: for the full softmax, a block's logits must stay in the cache."""
 
+_CACHED = 2**14
+"""Numbers that are converted at a time: they stay in the cache."""
+
 
 def block_devices(objective: ObjectiveSettings, items: int) -> int:
     """Devices per block, 8 to 256."""
@@ -135,10 +138,12 @@ def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, user
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")
     total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
-    highest = float(total.abs().amax()) * fixed_point_scale(clip)
-    if not highest < 2.0**52:
-        raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
-    fixed += total.double().mul_(fixed_point_scale(clip)).round_().numpy().astype(np.int64)
+    for start in range(0, len(total), _CACHED):
+        part = total[start : start + _CACHED].double().mul_(fixed_point_scale(clip)).round_().numpy()
+        highest = np.abs(part).max()
+        if not highest < 2.0**52:
+            raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
+        fixed[start : start + _CACHED] += part.astype(np.int64)
     metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms}
     return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
 

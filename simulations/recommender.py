@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from client.local_update import adapt_users
-from common.ghost import Tape
-from common.model import HEADS, Parameters, Recurrence, condition, policy_weight, queries
+from common.model import HEADS, Parameters, condition, policy_weight, queries
+from common.recurrence import Recurrence
 from common.settings import Head, Settings
 from common.trajectory import pad, rewards_of
 from simulations.datasets.interactions import Interactions
@@ -46,9 +46,8 @@ class PolicyScorer:
         lengths = histories.offsets[users + 1] - histories.offsets[users]
         starts = np.cumsum(lengths) - lengths
         everything = pad(items, rewards, rewards, starts, lengths, support_fraction=0)
-        tape = Tape(recording=False)
         recurrence = Recurrence(self._settings.model)
-        states = recurrence.run(self._parameters, everything.items, everything.rewards, tape)
+        states = recurrence.run(self._parameters, everything.items, everything.rewards)
         newest = np.minimum(lengths, self._settings.training.window)
         window = pad(items, rewards, rewards, starts + lengths - newest, newest, support_fraction=0)
         at = torch.from_numpy(lengths - newest).unsqueeze(-1) + torch.arange(window.items.shape[1])
@@ -57,5 +56,5 @@ class PolicyScorer:
             self._settings, self._parameters, states.gather(1, index), window, self._users[torch.from_numpy(users)]
         )
         last = states[torch.arange(len(users)), torch.from_numpy(lengths)].unsqueeze(1)
-        conditioned = condition(self._parameters, last, adapted, tape)
+        conditioned = condition(self._parameters, last, adapted, None)
         return (queries(conditioned, self._settings.model.temperature) @ self._weight.T)[:, 0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.local_update import MULTIPLIER_BINS
+from client.local_loss import MULTIPLIER_BINS
 from common.objective import WEIGHT_EDGES
 from server.events import EventReader
 from server.run_folder import RunFolder

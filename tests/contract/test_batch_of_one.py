@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from client.local_update import LocalUpdate, adapt_users, compute_update
-from common.ghost import Tape
-from common.model import Parameters, Recurrence, condition, initialise, queries
+from common.model import Parameters, condition, initialise, queries
 from common.objective import Evidence, coefficients, mean_over, returns_of
+from common.recurrence import Recurrence
 from common.settings import Settings, parse_flat
 from common.softmax import Negatives, draw_negatives, likelihood, log_uniform
 from common.trajectory import Trajectories, pad
@@ -234,7 +234,7 @@ def test_serving_adapts_a_device_in_a_batch_as_alone() -> None:
 
     def adapted(some: Devices) -> Tensor:
         w = some.windows
-        states = recurrence.run(some.parameters, w.items, w.rewards, Tape(recording=False))[:, :-1]
+        states = recurrence.run(some.parameters, w.items, w.rewards)[:, :-1]
         return adapt_users(some.settings, some.parameters, states, w, some.users)
 
     assert_each_near(adapted(batch), torch.cat([adapted(batch.alone(device)) for device in range(len(batch))]))
@@ -242,16 +242,16 @@ def test_serving_adapts_a_device_in_a_batch_as_alone() -> None:
 
 def loss_by_hand(one: Devices, parameters: Parameters, user: Tensor, steps: slice) -> tuple[Tensor, Tensor, Tensor]:
     """The policy's and β's loss over some steps of one device, and the mean coefficient."""
-    idle, w, objective = Tape(recording=False), one.windows, one.settings.objective
-    states = Recurrence(one.settings.model).run(parameters, w.items, w.rewards, idle)[:, steps]
-    query = queries(condition(parameters, states, user, idle), one.settings.model.temperature)
+    w, objective = one.windows, one.settings.objective
+    states = Recurrence(one.settings.model).run(parameters, w.items, w.rewards)[:, steps]
+    query = queries(condition(parameters, states, user, None), one.settings.model.temperature)
     items, rewards, returns = (values[:, steps] for values in _steps(w))
     every = torch.ones_like(items, dtype=torch.bool)
-    log_pi = likelihood(parameters["policy.embedding"], "", query, items, every, one.negatives, idle).log_probability
+    log_pi = likelihood(parameters["policy.embedding"], "", query, items, every, one.negatives, None).log_probability
     log_beta = None
     if objective.corrected:
         head = parameters["behaviour.embedding"]
-        log_beta = likelihood(head, "", query.detach(), items, every, one.negatives, idle).log_probability
+        log_beta = likelihood(head, "", query.detach(), items, every, one.negatives, None).log_probability
     evidence = Evidence(rewards, returns, every, log_pi.detach(), log_beta, None, None, ITEMS)
     c = coefficients(objective, evidence, True)
     behaviour = torch.zeros(()) if log_beta is None else -log_beta.mean()

@@ -15,12 +15,12 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from client.local_update import LocalUpdate, compute_update
-from common.ghost import Dense, Lookup, Sampled, Tape
+from common.ghost import Dense, Sampled, Tape, scattered
 from common.model import Parameters, group_of, initialise
 from common.objective import returns_of
 from common.privacy.clipping import clip_factor
 from common.settings import Estimator, Settings, parse_flat
-from common.softmax import Negatives, draw_negatives, log_uniform
+from common.softmax import Negatives, draw_negatives, likelihood, log_uniform
 from common.trajectory import Trajectories
 
 quick = hypothesis_settings(max_examples=40, deadline=None)
@@ -62,39 +62,47 @@ def column_of(problem: Problem) -> Tensor:
     return torch.tensor([[place.get(item, -1) for item in user] for user in problem.ids.tolist()])
 
 
-def dense(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
-    output = tape.watch(problem.inputs @ weight.T)
-    tape.uses.append(Dense("w", problem.inputs, output))
+def dense(problem: Problem, weight: Tensor, tape: Tape | None) -> Tensor:
+    output = problem.inputs @ weight.T
+    if tape is not None:
+        tape.uses.append(Dense("w", problem.inputs, tape.watch(output)))
     return output
 
 
-def lookup(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
-    output = tape.watch(weight[problem.ids])
-    tape.uses.append(Lookup("w", problem.ids, output))
-    return output
-
-
-def sampled(problem: Problem, weight: Tensor, tape: Tape) -> Tensor:
+def sampled(problem: Problem, weight: Tensor, tape: Tape | None) -> Tensor:
     """Both parts of a sampled softmax; an accidental hit is masked before the loss."""
-    negative = tape.watch(problem.inputs @ weight[problem.rows].T)
-    own = tape.watch((problem.inputs * weight[problem.ids]).sum(-1))
+    negative, own = problem.inputs @ weight[problem.rows].T, (problem.inputs * weight[problem.ids]).sum(-1)
     column = column_of(problem)
-    tape.uses.append(Sampled("w", problem.inputs, problem.rows, problem.ids, column, negative, own))
+    if tape is not None:
+        use = Sampled("w", problem.inputs, problem.rows, problem.ids, column, tape.watch(negative), tape.watch(own))
+        tape.uses.append(use)
     hit = column.unsqueeze(-1) == torch.arange(len(problem.rows))
     return torch.cat([negative.masked_fill(hit, 0), own.unsqueeze(-1)], -1)
 
 
-FORWARDS: list[Callable[[Problem, Tensor, Tape], Tensor]] = [dense, lookup, sampled]
+def log_softmax(problem: Problem, weight: Tensor, tape: Tape | None) -> Tensor:
+    mask = torch.ones_like(problem.ids, dtype=torch.bool)
+    return likelihood(weight, "w", problem.inputs, problem.ids, mask, None, tape).log_probability.unsqueeze(-1)
+
+
+def sampled_log_softmax(problem: Problem, weight: Tensor, tape: Tape | None) -> Tensor:
+    mask, column = torch.ones_like(problem.ids, dtype=torch.bool), torch.full((len(weight),), -1)
+    column[problem.rows] = torch.arange(len(problem.rows))
+    drawn = Negatives(problem.rows, problem.weight[problem.rows, 0], column, problem.weight[:, 0])
+    return likelihood(weight, "w", problem.inputs, problem.ids, mask, drawn, tape).log_probability.unsqueeze(-1)
+
+
+FORWARDS: list[Callable[[Problem, Tensor, Tape | None], Tensor]] = [dense, sampled, log_softmax, sampled_log_softmax]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
 @quick
 @given(problem=problems(), weights=st.lists(st.floats(-2, 2), min_size=4, max_size=4))
 def test_a_use_equals_autograd_for_each_user(
-    forward: Callable[[Problem, Tensor, Tape], Tensor], problem: Problem, weights: list[float]
+    forward: Callable[[Problem, Tensor, Tape | None], Tensor], problem: Problem, weights: list[float]
 ) -> None:
     leaf = problem.weight.clone().requires_grad_()
-    loss = (torch.sin(forward(problem, leaf, Tape(recording=False)) * problem.bend)).sum((1, 2))
+    loss = (torch.sin(forward(problem, leaf, None) * problem.bend)).sum((1, 2))
     expected = torch.stack([torch.autograd.grad(user, leaf, retain_graph=True)[0] for user in loss])
 
     tape = Tape()
@@ -104,6 +112,19 @@ def test_a_use_equals_autograd_for_each_user(
     own = torch.tensor(weights[: len(loss)], dtype=torch.float64)
     total = torch.ones_like(problem.weight)
     gradient = use.gradient(*deltas)
+    gradient.add_sum(own, total)
+    assert_exact(gradient.square_norms(), expected.square().sum((1, 2)))
+    assert_exact(total, 1 + torch.einsum("u,uij->ij", own, expected))
+
+
+@quick
+@given(problem=problems(), weights=st.lists(st.floats(-2, 2), min_size=4, max_size=4))
+def test_scattered_rows_are_what_autograd_scatters(problem: Problem, weights: list[float]) -> None:
+    leaf = problem.weight.clone().requires_grad_()
+    loss = (leaf[problem.ids] * problem.inputs).sum((1, 2))
+    expected = torch.stack([torch.autograd.grad(user, leaf, retain_graph=True)[0] for user in loss])
+    gradient, own = scattered(problem.inputs, problem.ids), torch.tensor(weights[: len(loss)], dtype=torch.float64)
+    total = torch.ones_like(problem.weight)
     gradient.add_sum(own, total)
     assert_exact(gradient.square_norms(), expected.square().sum((1, 2)))
     assert_exact(total, 1 + torch.einsum("u,uij->ij", own, expected))

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import ModelError
-from common.ghost import Tape
 from common.model import (
     KEEP_BIAS,
     Parameters,
-    Recurrence,
     check_parameters,
     condition,
     flatten,
@@ -25,6 +23,7 @@ from common.model import (
     shapes,
     unflatten,
 )
+from common.recurrence import Recurrence
 from common.settings import Estimator, ModelSettings, Settings, parse_flat
 
 ITEMS, M, N, W = 6, 3, 4, 2
@@ -57,7 +56,7 @@ def history(users: int, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def run(cell: str, parameters: Parameters, items: Tensor, rewards: Tensor, start: Tensor | None = None) -> Tensor:
-    return Recurrence(model_of(cell)).run(parameters, items, rewards, Tape(recording=False), start)
+    return Recurrence(model_of(cell)).run(parameters, items, rewards, start)
 
 
 def sigmoid(x: float) -> float:
@@ -162,11 +161,11 @@ def test_a_state_knows_the_past_alone(cell: str) -> None:
 def test_user_embedding_shifts_every_state_by_its_projection() -> None:
     parameters, states = random_parameters("cfn"), torch.randn(3, 5, N, dtype=torch.float64)
     users = torch.randn(3, W, dtype=torch.float64)
-    shifted = condition(parameters, states, users, Tape(recording=False))
+    shifted = condition(parameters, states, users, None)
     for user in range(3):
         shift = parameters["user.projection"] @ users[user]
         torch.testing.assert_close(shifted[user] - states[user], shift.expand(5, N), rtol=1e-9, atol=1e-12)
-    assert (condition(parameters, states, users * 0, Tape(recording=False)) == states).all()
+    assert (condition(parameters, states, users * 0, None) == states).all()
 
 
 def test_queries_carry_a_one_for_the_bias_over_the_temperature() -> None:
@@ -255,7 +254,7 @@ def test_both_heads_start_near_uniform_and_apart(cell: str) -> None:
     generator = torch.Generator().manual_seed(1)
     logged = torch.randint(0, items, (8, 64), generator=generator)
     rewards = 10 * torch.rand(8, 64, generator=generator) - 5
-    query = queries(Recurrence(model).run(parameters, logged, rewards, Tape(recording=False)), model.temperature)
+    query = queries(Recurrence(model).run(parameters, logged, rewards), model.temperature)
     first, second = (
         (query @ parameters[head].T).log_softmax(-1) for head in ("policy.embedding", "behaviour.embedding")
     )

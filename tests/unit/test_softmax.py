@@ -12,9 +12,8 @@ from torch import Tensor
 
 from common.ghost import Tape
 from common.softmax import (
-    Candidates,
+    CandidateLikelihood,
     InBatch,
-    ItemLikelihood,
     Negatives,
     draw_negatives,
     likelihood,
@@ -39,9 +38,15 @@ def log_pi(weight: Tensor, queries: Tensor, items: Tensor, negatives: Negatives 
     return evaluate(weight, queries, items, negatives).log_probability
 
 
-def evaluate(weight: Tensor, queries: Tensor, items: Tensor, candidates: Candidates) -> ItemLikelihood:
+def evaluate(weight: Tensor, queries: Tensor, items: Tensor, candidates: Negatives | None) -> CandidateLikelihood:
+    """By autograd's way; and the one with a slope of its own must say the same."""
     every = torch.ones_like(items, dtype=torch.bool)
-    return likelihood(weight, "policy.embedding", queries, items, every, candidates, Tape(recording=False))
+    sloped = likelihood(weight.detach(), "policy.embedding", queries.detach(), items, every, candidates, Tape())
+    plain = likelihood(weight, "policy.embedding", queries, items, every, candidates, None)
+    assert isinstance(plain, CandidateLikelihood)
+    near = 1e-12 if queries.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(sloped.log_probability, plain.log_probability.detach(), rtol=near, atol=near)
+    return plain
 
 
 def counts_of(negatives: Negatives, items: int, draws: int) -> np.ndarray:
@@ -160,16 +165,18 @@ def test_own_item_as_the_only_negative_is_certain_and_without_gradient() -> None
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_watching_does_not_change_the_numbers(sampled: bool) -> None:
+def test_the_slope_is_autograds_gradient(sampled: bool) -> None:
     weight, queries, items = tensors()
     negatives = draw_negatives(log_uniform(ITEMS), 16, np.random.default_rng(0)) if sampled else None
-    tape = Tape()
-    every = torch.ones_like(items, dtype=torch.bool)
-    watched = likelihood(weight, "policy.embedding", queries, items, every, negatives, tape)
-    assert (watched.log_probability == log_pi(weight, queries, items, negatives)).all()
+    tape, bend = Tape(), torch.linspace(-1, 2, items.numel(), dtype=torch.float64).view_as(items)
+    every, leaf = torch.ones_like(items, dtype=torch.bool), queries.clone().requires_grad_()
+    sloped = likelihood(weight, "policy.embedding", leaf, items, every, negatives, tape).log_probability
+    plain = log_pi(weight, leaf, items, negatives)
+    (found,) = torch.autograd.grad((sloped * bend).sum(), leaf)
+    (expected,) = torch.autograd.grad((plain * bend).sum(), leaf)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert [use.weight for use in tape.uses] == ["policy.embedding"]
     assert not weight.requires_grad
-    assert not queries.requires_grad
 
 
 # Popularity, noise contrast, in-batch
@@ -236,7 +243,7 @@ def test_noise_contrast_rests_at_normalised_frequencies() -> None:
 def test_a_devices_own_items_normalise_by_their_frequency() -> None:
     weight, queries, items = tensors()
     log_q, mask = torch.from_numpy(np.log(popularity())), torch.arange(STEPS) < torch.tensor([[5], [3], [1]])
-    found = likelihood(weight, "", queries, items, mask, InBatch(log_q), Tape(recording=False)).log_probability
+    found = likelihood(weight, "", queries, items, mask, InBatch(log_q), None).log_probability
     for b, t in np.argwhere(mask.numpy()):
         own = items[b, t]
         others = [item for item in items[b][mask[b]] if item != own]
