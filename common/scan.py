@@ -44,15 +44,13 @@ class CfnScan:
         steps, devices, x = inputs.shape
         n = len(candidate)
         self._gates, self._candidate, self._x = gates, candidate, x
-        self.inputs = _with_room(inputs, n)
+        self.inputs, self.states = _with_states(inputs, n)
         self._opened = inputs.new_empty(steps, devices, 2 * n)
         self._driven = inputs.new_empty(steps, devices, n)
         self._squashed = inputs.new_empty(steps, devices, n)
-        self.states = inputs.new_zeros(steps + 1, devices, n)
         reads, drives = gates.T, candidate.T
         for t in range(steps):
             state = self.states[t]
-            self.inputs[t, :, x + 1 :] = state
             keep, take = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
             tanh_(torch.mm(inputs[t], drives, out=self._driven[t]))
             tanh_(self._squashed[t].copy_(state))
@@ -96,15 +94,13 @@ class GruScan:
         steps, devices, x = inputs.shape
         n = len(candidate)
         self._gates, self._candidate, self._x = gates, candidate, x
-        self.inputs = _with_room(inputs, n)
+        self.inputs, self.states = _with_states(inputs, n)
         self._left = self.inputs.clone()
         self._opened = inputs.new_empty(steps, devices, 2 * n)
         self._fresh = inputs.new_empty(steps, devices, n)
-        self.states = inputs.new_zeros(steps + 1, devices, n)
         reads, drives = gates.T, candidate.T
         for t in range(steps):
             state = self.states[t]
-            self.inputs[t, :, x + 1 :] = state
             keep, kept = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
             torch.mul(kept, state, out=self._left[t, :, x + 1 :])
             fresh = tanh_(torch.mm(self._left[t], drives, out=self._fresh[t]))
@@ -135,13 +131,14 @@ class GruScan:
         return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", candidates, self._left)]
 
 
-def _with_room(inputs: Tensor, n: int) -> Tensor:
-    """(T, B, x+1+n) of (T, B, x): [x, 1, room for n]."""
+def _with_states(inputs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(T, B, x+1+n) of inputs (T, B, x): [x, 1, state], and (T+1, B, n) the states in there and after: 0 at first."""
     steps, devices, x = inputs.shape
-    roomy = inputs.new_empty(steps, devices, x + 1 + n)
-    roomy[..., :x] = inputs
-    roomy[..., x] = 1
-    return roomy
+    read = inputs.new_empty(steps + 1, devices, x + 1 + n)
+    read[:steps, :, :x] = inputs
+    read[..., x] = 1
+    read[0, :, x + 1 :] = 0
+    return read[:steps], read[..., x + 1 :]
 
 
 def tanh_(values: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ from server.cohort import CohortSum
 from simulations.population import Population
 from simulations.processes import keep_freed_memory, start_worker
 
-_BLOCK_LOGITS = {"full": 80_000, "sampled": 65_536, "nce": 65_536}
-"""Candidates times devices of a block: for the full softmax, a block's logits must stay in the cache."""
+_BLOCK_LOGITS = {"full": 640_000, "sampled": 65_536, "nce": 65_536}
+"""Candidates times devices of a block: many, for the loop over time, but all logits are kept, a hundred megabytes."""
 
 _CACHED = 2**14
 """Numbers that are converted at a time: they stay in the cache."""
