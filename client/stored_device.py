@@ -8,7 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord
 
-from client.device_contents import Event, ReceivedModel
+from client.device_contents import ReceivedModel, known
 from client.device_store import DeviceStore
 from client.guard import Policy
 from client.ledger import Charge
@@ -132,13 +132,6 @@ class StoredDevice:
     @cached_property
     def _catalogue(self) -> Catalogue:
         return self._invitation.catalogue
-
-
-def known(events: list[Event], catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) indices and ratings of the events whose items the catalogue has, oldest first."""
-    index = {str(item): at for at, item in enumerate(catalogue.ids)}
-    found = [(index[event.item], event.rating) for event in events if event.item in index]
-    return np.array([item for item, _ in found], np.int64), np.array([rating for _, rating in found], np.float64)
 
 
 class _ConfigRecords(MutableMapping[str, ConfigRecord]):
