@@ -25,10 +25,9 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 from client.app import make_app
 from client.device_store import STORE_PATIENCE_SECONDS, DeviceStore
 from client.store_key import KeySource
-from client.stored_device import INVITATION, TRANSPORT_KEY, Condition, StoredDevice
+from client.stored_device import TRANSPORT_KEY, Condition, StoredDevice, invitation_of
 from common.errors import AggregationError
 from common.flower_tasks import ENVIRONMENT, Runtime, free_port, quiet
-from common.invitation import Invitation
 from common.processes import program, running, secret_files
 from common.settings import Settings
 
@@ -74,8 +73,7 @@ class Agent:
         with ExitStack() as stack:
             store = stack.enter_context(self._opened())
             StoredDevice(store, Settings())  # raises where it cannot be one
-            invitation = Invitation.parse(store.records[INVITATION])
-            transport = store.records[TRANSPORT_KEY]
+            invitation, transport = invitation_of(store), store.records[TRANSPORT_KEY]
             stack.close()
             runtime = Runtime(f"127.0.0.1:{free_port()}", secrets.token_bytes(32))
             files = stack.enter_context(secret_files(transport, runtime.secret, invitation.root_certificate.encode()))

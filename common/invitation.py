@@ -7,6 +7,7 @@ with the authority's public key.
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -56,7 +57,7 @@ class Invitation:
             raise DataError("Expected the items of an invitation to be different, and some.")
         return found
 
-    @property
+    @cached_property
     def catalogue(self) -> Catalogue:
         """The items."""
         ids, titles = zip(*self.items, strict=True)

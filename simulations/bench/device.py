@@ -217,7 +217,7 @@ class _Device:
             assert model is not None and stored is not None  # the device took part
             user = torch.from_numpy(stored).unsqueeze(0)
             for again in range(1 + repeats):
-                offer = read_offer(agreed, read_arrays(model.content), self.settings, device.items)
+                offer = read_offer(agreed, read_arrays(model.content), self.settings, len(device.catalogue))
                 with meter("input"):
                     window, candidates = device.window(offer.round), offer.candidates
                 work = (offer.parameters, window, user, candidates, offer.warm)

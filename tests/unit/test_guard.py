@@ -274,7 +274,7 @@ def test_a_device_that_is_not_set_up_says_so(tmp_path: Path) -> None:
     key = KeyFile(tmp_path / "key")
     request = make_device(tmp_path / "device", key)
     with DeviceStore.open(tmp_path / "device", key) as store:
-        with pytest.raises(RunError, match="enrolled: fedtopk device enrol"):
+        with pytest.raises(RunError, match="enrolled first: fedtopk device enrol"):
             StoredDevice(store, SETTINGS)
         with pytest.raises(RunError, match="enrolled first"):
             join(store, invitation(), POLICY)
