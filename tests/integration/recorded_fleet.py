@@ -10,7 +10,7 @@ Run as a program: the folder for what is recorded, and then the command's own wo
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,10 +78,10 @@ if __name__ == "__main__":
     traffic = Path(sys.argv.pop(1))
 
     @contextmanager
-    def started(folder: Path, devices: Sequence[int], environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    def started(folder: Path, devices: Sequence[int]) -> Iterator[None]:
         with ExitStack() as stack:
             recorded(traffic, folder, stack)
-            stack.enter_context(devices_started(folder, devices, environment))
+            stack.enter_context(devices_started(folder, devices))
             yield
 
     simulations.fleet.devices_started = started
