@@ -43,6 +43,8 @@ class Invitation:
         try:
             found = _READER.validate_json(text)
             load_toml(found.settings)
+            if not found.server.rpartition(":")[2].isdecimal():
+                raise ValueError(f"server={found.server!r} is not host:port")
             if len(bytes.fromhex(found.authority)) != 32 or len(bytes.fromhex(found.publisher)) != 32:
                 raise ValueError("its keys do not have 32 bytes")
         except ValidationError as error:
@@ -56,6 +58,11 @@ class Invitation:
         if len({item for item, _ in found.items}) != len(found.items) or not found.items:
             raise DataError("Expected the items of an invitation to be different, and some.")
         return found
+
+    @property
+    def port(self) -> int:
+        """Of the server."""
+        return int(self.server.rpartition(":")[2])
 
     @cached_property
     def catalogue(self) -> Catalogue:

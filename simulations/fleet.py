@@ -86,7 +86,7 @@ def run_fleet(
     say(f"{len(population)} devices have keys, certificates and histories. A demonstration's policy, each insists on:")
     for line in Policy.of(settings).in_words():
         say(f"  {line}")
-    port = int(site.invitation.server.rpartition(":")[2])
+    port = site.invitation.port
     with ExitStack() as stack:
         log = stack.enter_context((home / "server" / "superlink.log").open("ab"))
         stack.enter_context(devices_started(home / "devices", range(len(population))))

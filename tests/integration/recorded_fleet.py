@@ -62,7 +62,7 @@ def planted(device: int) -> list[Event]:
 def recorded(traffic: Path, folder: Path, stack: ExitStack) -> None:
     """Have all devices of a fleet's folder connect through recorders."""
     site = Site(folder.parent / "server")
-    gateway = int(site.invitation.server.rpartition(":")[2])
+    gateway = site.invitation.port
     hidden = stack.enter_context(Recorder(gateway, traffic / HIDDEN, site.tls))
     wire = stack.enter_context(Recorder(hidden.port, traffic / WIRE))
     for path in folder.glob("*.key"):
