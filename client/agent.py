@@ -81,10 +81,13 @@ class Agent:
             environment = ENVIRONMENT | {"FLWR_HOME": str(self.folder / "flower")}
             answered, begin = 0, time.monotonic()
             while not should_stop():
-                with running(words, environment, self.log, [descriptor for descriptor, _ in files]) as node:
+                with (
+                    running(words, environment, self.log, [descriptor for descriptor, _ in files]) as node,
+                    runtime.tasks(TaskType.CLIENT_APP) as acquire,
+                ):
                     self.say(f"Connecting to {invitation.server}.")
                     while not should_stop() and node.poll() is None:
-                        if token := runtime.acquire(TaskType.CLIENT_APP):
+                        if token := acquire():
                             self._answer(runtime, token)
                             answered += 1
                         else:
