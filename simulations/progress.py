@@ -28,6 +28,10 @@ class RoundsBar:
     def update(self, round_: int, note: str) -> None:
         self._progress.update(self._task, completed=round_, note=note)
 
+    def advance(self) -> None:
+        """One more is done."""
+        self._progress.advance(self._task)
+
     def __enter__(self) -> Self:
         self._progress.start()
         return self

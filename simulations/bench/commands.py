@@ -39,15 +39,8 @@ def secagg(
     if not devices and not quick:
         sizes.append((10_000, min(dimension, 4096)))
     cases = [Case(n, d, dropout, bits, corrupt, allowed) for n, d in sizes]
-    done = 0
     with RoundsBar(sum(case.steps for case in cases), "secagg", "messages") as bar:
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            bar.update(done, "")
-
-        results = bench_secagg(cases, step)
+        results = bench_secagg(cases, bar.advance)
     answer(format, results, lambda: results_table(results))
 
 
@@ -63,7 +56,7 @@ def fuzz(
     from simulations.progress import RoundsBar
 
     with RoundsBar(inputs, "fuzz", "inputs") as bar:
-        results = run(inputs, seed, lambda done, name: bar.update(done, name))
+        results = run(inputs, seed, bar.update)
     answer(format, results, lambda: results_table(results))
     if results["crashes"]:
         raise typer.Exit(1)
@@ -82,15 +75,9 @@ def device(
     from simulations.bench.device_rounds import Workload
     from simulations.progress import RoundsBar
 
-    workload, done = Workload(items, events, devices, repeats), 0
+    workload = Workload(items, events, devices, repeats)
     with RoundsBar(workload.steps, "device", "measurements") as bar:
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            bar.update(done, "")
-
-        results = bench_device(workload, step)
+        results = bench_device(workload, bar.advance)
     answer(format, results, lambda: results_table(results))
 
 
