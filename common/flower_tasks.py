@@ -5,8 +5,8 @@ app is the installed `fedtopk`: nobody who controls the other side can run code 
 memory stays loaded, and a message costs milliseconds instead of the seconds that importing torch takes.
 
 Beside this module, :mod:`client.agent`, :mod:`server.superlink` and :mod:`simulations.bench` use what Flower does not
-promise to keep; they are written for 1.42, to which `pyproject.toml` pins it. Source: flwr/supercore/superexec/run_superexec.py,
-flwr/supernode/runtime/run_clientapp.py.
+promise to keep; they are written for 1.42, to which `pyproject.toml` pins it. Source:
+flwr/supercore/superexec/run_superexec.py, flwr/supernode/runtime/run_clientapp.py.
 """
 
 import logging
