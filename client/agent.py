@@ -97,7 +97,8 @@ class Agent:
                 if not answered and time.monotonic() - begin > _STRANGE_SECONDS:
                     raise AggregationError(
                         f"Expected Flower's SuperNode to keep running; it ended with {node.returncode}: the server may "
-                        "not know this device's key, or may not be the one that the invitation names."
+                        "not know this device's key, may have another time than this device, or may not be the one "
+                        "that the invitation names."
                     )
                 self.say(f"Flower's SuperNode ended; it is started again in {_PAUSE_SECONDS:g} s.")
                 _wait(_PAUSE_SECONDS, should_stop)
