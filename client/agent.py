@@ -25,10 +25,9 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 from client.app import make_app
 from client.device_store import STORE_PATIENCE_SECONDS, DeviceStore
 from client.store_key import KeySource
-from client.stored_device import INVITATION, TRANSPORT_KEY, Condition, StoredDevice
+from client.stored_device import TRANSPORT_KEY, Condition, StoredDevice, invitation_of
 from common.errors import AggregationError
 from common.flower_tasks import ENVIRONMENT, Runtime, free_port, quiet
-from common.invitation import Invitation
 from common.processes import program, running, secret_files
 from common.settings import Settings
 
@@ -74,8 +73,7 @@ class Agent:
         with ExitStack() as stack:
             store = stack.enter_context(self._opened())
             StoredDevice(store, Settings())  # raises where it cannot be one
-            invitation = Invitation.parse(store.records[INVITATION])
-            transport = store.records[TRANSPORT_KEY]
+            invitation, transport = invitation_of(store), store.records[TRANSPORT_KEY]
             stack.close()
             runtime = Runtime(f"127.0.0.1:{free_port()}", secrets.token_bytes(32))
             files = stack.enter_context(secret_files(transport, runtime.secret, invitation.root_certificate.encode()))
@@ -83,10 +81,13 @@ class Agent:
             environment = ENVIRONMENT | {"FLWR_HOME": str(self.folder / "flower")}
             answered, begin = 0, time.monotonic()
             while not should_stop():
-                with running(words, environment, self.log, [descriptor for descriptor, _ in files]) as node:
+                with (
+                    running(words, environment, self.log, [descriptor for descriptor, _ in files]) as node,
+                    runtime.tasks(TaskType.CLIENT_APP) as acquire,
+                ):
                     self.say(f"Connecting to {invitation.server}.")
                     while not should_stop() and node.poll() is None:
-                        if token := runtime.acquire(TaskType.CLIENT_APP):
+                        if token := acquire():
                             self._answer(runtime, token)
                             answered += 1
                         else:
@@ -96,7 +97,8 @@ class Agent:
                 if not answered and time.monotonic() - begin > _STRANGE_SECONDS:
                     raise AggregationError(
                         f"Expected Flower's SuperNode to keep running; it ended with {node.returncode}: the server may "
-                        "not know this device's key, or may not be the one that the invitation names."
+                        "not know this device's key, may have another time than this device, or may not be the one "
+                        "that the invitation names."
                     )
                 self.say(f"Flower's SuperNode ended; it is started again in {_PAUSE_SECONDS:g} s.")
                 _wait(_PAUSE_SECONDS, should_stop)

@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 
 from client.coins import Coins
 from client.secure_upload import Secured, SecureUpload
+from common.catalogue import Catalogue
 from common.errors import AggregationError, ModelError, SettingsError
 from common.messages import body_of, content_of, read_arrays, run_digest, signed_model_of
 from common.secagg.terms import Terms
@@ -45,12 +46,8 @@ class Device(Secured, Protocol):
         """The device's number, which labels its reproducible randomness."""
 
     @property
-    def items(self) -> int:
-        """A, the size of the catalogue."""
-
-    @property
-    def catalogue(self) -> bytes:
-        """32 bytes, the catalogue's digest."""
+    def catalogue(self) -> Catalogue:
+        """The items that models are of."""
 
     @property
     def publisher(self) -> bytes:
@@ -90,7 +87,7 @@ class Opened:
     def checked_model(self, message: Message, round_: int) -> bytes:
         """The model after so many rounds, which is kept. Raises :class:`ProtocolError` for any other one."""
         content, signature = signed_model_of(message)
-        edition = Edition(self.run, round_, self.device.catalogue)
+        edition = Edition(self.run, round_, self.device.catalogue.digest)
         edition.check(self.device.publisher, content, signature)
         metadata = {
             "version": str(VERSION),
@@ -166,7 +163,7 @@ def _compute(opened: Opened, terms: Terms, model: bytes) -> np.ndarray:
     from common.offer import read_offer
 
     device, settings = opened.device, opened.settings
-    offer = read_offer(terms, read_arrays(model), settings, device.items)
+    offer = read_offer(terms, read_arrays(model), settings, len(device.catalogue))
     stored = device.load_user()
     user = torch.zeros(settings.model.user_width) if stored is None else torch.from_numpy(stored)
     part = participate(offer, terms.n, device.number, device.window(offer.round), user)

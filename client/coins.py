@@ -2,7 +2,7 @@
 
 With ``training.coins = device`` a server cannot choose whom to sample. Asking again gets the same answer, so asking
 often does not help either. It sees who takes part, as ever: ε_server is not amplified.
-Test: ``tests/unit/test_coins.py``.
+Tests: ``tests/unit/test_coins.py``; that the sum is of those whose coin fell, ``tests/integration/test_secure_sum.py``.
 """
 
 from collections.abc import MutableMapping

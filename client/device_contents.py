@@ -3,12 +3,13 @@
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 
+from common.catalogue import Catalogue
 from common.errors import DataError
 
 _BLOCK = 64
@@ -47,6 +48,12 @@ class Event:
         timestamp, rating, length = _EVENT.unpack_from(content)
         item = content[_EVENT.size : _EVENT.size + length].decode(errors="surrogatepass")
         return cls(item, rating, timestamp)
+
+
+def known(events: Sequence[Event], catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) indices and ratings of the events whose items the catalogue has, in the same order."""
+    found = [(catalogue.index[event.item], event.rating) for event in events if event.item in catalogue.index]
+    return np.array([item for item, _ in found], np.int64), np.array([rating for _, rating in found], np.float64)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from client.device_store import DeviceStore
 from client.guard import Policy
 from client.store_key import KeySource
-from client.stored_device import ENROLMENT, IDENTITY_KEY, INVITATION, REVOCATIONS, TRANSPORT_KEY
+from client.stored_device import ENROLMENT, IDENTITY_KEY, INVITATION, REVOCATIONS, TRANSPORT_KEY, enrolment_of
 from common.enrolment import Enrolment, Request, Revocations
-from common.errors import DataError, ProtocolError, RunError
+from common.errors import DataError, ProtocolError
 from common.invitation import Invitation
 from common.secagg.identity import Certificate
 
@@ -49,9 +49,7 @@ def keep_revocations(store: DeviceStore, revocations: str) -> Revocations:
         RunError: the device is not enrolled.
         ProtocolError: the list is not of its authority, or older than the one that it has.
     """
-    if ENROLMENT not in store.records:
-        raise RunError("Expected this device to be enrolled first: fedtopk device enrol.")
-    authority = bytes.fromhex(Enrolment.parse(store.records[ENROLMENT]).authority)
+    authority = bytes.fromhex(enrolment_of(store).authority)
     found = Revocations.parse(revocations, authority)
     if REVOCATIONS in store.records:
         newest = Revocations.parse(store.records[REVOCATIONS], authority).number
@@ -68,9 +66,7 @@ def join(store: DeviceStore, invitation: Invitation, policy: Policy) -> None:
         RunError: the device is not enrolled.
         DataError: the server names another authority than the one that enrolled it.
     """
-    if ENROLMENT not in store.records:
-        raise RunError("Expected this device to be enrolled first: fedtopk device enrol.")
-    if Enrolment.parse(store.records[ENROLMENT]).authority != invitation.authority:
+    if enrolment_of(store).authority != invitation.authority:
         raise DataError("Expected the invitation to name the authority that enrolled this device.")
     with store.transaction():
         store.records[INVITATION] = invitation.to_json().encode()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.cli import FormatOption, KeyFileOption, KeyringOption, PassphraseOption, key_source
+from client.cli import FormatOption, KeyFileOption, KeyringOption, PassphraseOption, opened_store
 from common.console import answer
 from common.errors import ModelError, RunError, SettingsError
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 CANDIDATES_PER_ITEM = 10
 """M / K, unless M is given."""
 
-_PATIENCE_SECONDS = 10.0  # while the device's agent answers a message
 _MODEL_FIELDS = ("version", "settings", "run_id", "round", "signature")
 
 
@@ -70,11 +69,8 @@ def recommend(
     With --explore the K′ highest items come first and the others are drawn by the policy from the rest of the M
     highest, so that what follows in the logs is about more than the items that the model holds for the best.
     """
-    from client.device_store import DeviceStore
-
     exploration = _exploration(k, explore, certain, candidates, seed)
-    source = key_source(device, key_file, passphrase, keyring)
-    with DeviceStore.open(device, source, patience=_PATIENCE_SECONDS) as store:
+    with opened_store(device, key_file, passphrase, keyring) as store:
         found = recommendations(store, k, consumed=consumed, exploration=exploration)
     answer(format, found, lambda: _text(found))
 
@@ -111,17 +107,14 @@ def received(store: "DeviceStore") -> Received:
         DataError: the invitation is none.
     """
     from client.recommender import Recommender, read_model
-    from client.stored_device import INVITATION
-    from common.invitation import Invitation
+    from client.stored_device import invitation_of
     from common.messages import run_digest
     from common.signed_model import Edition
 
-    if INVITATION not in store.records:
-        raise RunError("Expected this device to be joined to a server: fedtopk device join.")
+    invitation = invitation_of(store)
     model = store.load_model()
     if model is None:
         raise RunError("Expected this device to have received a model: it gets one when it takes part in a round.")
-    invitation = Invitation.parse(store.records[INVITATION])
     catalogue = invitation.catalogue
     settings, run_id, round_, signature = _described(model.metadata)
     edition = Edition(run_digest(settings, run_id), round_, catalogue.digest)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from client.device_contents import Event, State
+from client.device_contents import Event, State, known
 from client.device_store import DeviceStore
 from client.local_update import adapt_users
 from common.catalogue import Catalogue
@@ -138,7 +138,6 @@ class Recommender:
         self._settings = settings
         self._parameters = parameters
         self._catalogue = catalogue
-        self._index = {item: at for at, item in enumerate(catalogue.ids.tolist())}
         head = settings.serving_head
         self._weight = policy_weight(settings, parameters) if head == "policy" else parameters[HEADS[head]]
         self.digest = self._digest()
@@ -204,9 +203,8 @@ class Recommender:
 
     def _encode(self, events: Sequence[Event]) -> tuple[np.ndarray, np.ndarray]:
         """(T,) catalogue indices and rewards of the events whose items the catalogue has."""
-        known = [(self._index[event.item], event.rating) for event in events if event.item in self._index]
-        ratings = np.array([rating for _, rating in known], np.float64)
-        return np.array([item for item, _ in known], np.int64), rewards_of(ratings, self._settings.data.rating_range)
+        items, ratings = known(events, self._catalogue)
+        return items, rewards_of(ratings, self._settings.data.rating_range)
 
     def _digest(self) -> bytes:
         """32 bytes for all that states depend on: the cell and its parameters, the catalogue, the rewards' range."""
@@ -215,5 +213,5 @@ class Recommender:
         for name, value in self._parameters.items():
             if name.startswith(("items", "cell")):
                 content.update(value.contiguous().numpy().tobytes())
-        content.update("\0".join(self._index).encode())
+        content.update("\0".join(self._catalogue.index).encode())
         return content.digest()

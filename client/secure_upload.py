@@ -103,7 +103,7 @@ class SecureUpload:
             compute: the update's residues (2^m,) for the terms that were agreed to.
         """
         shared = self._load(Shared)
-        terms = self.terms
+        terms = Terms.parse(shared.terms)
         uploaded, masks = member.receive(shared, body)
         self._device.charge(Charge.of(self._run, terms))  # before the work: that it fails may already say something
         message = member.upload(uploaded, masks, compute(terms))

@@ -8,7 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord
 
-from client.device_contents import Event, ReceivedModel
+from client.device_contents import ReceivedModel, known
 from client.device_store import DeviceStore
 from client.guard import Policy
 from client.ledger import Charge
@@ -29,6 +29,8 @@ ENROLMENT, REVOCATIONS, INVITATION, EDITION = "enrolment", "revocations", "invit
 """Names of the store's records: 32 secret bytes, a PEM, two documents of the authority, one of the operator, and of
 which run and round the stored model is."""
 
+_DONE = {ENROLMENT: "enrolled first: fedtopk device enrol", INVITATION: "joined to a server: fedtopk device join"}
+
 Condition = Callable[[], str]
 """Why the device does not want to take part now; empty where it does."""
 
@@ -46,15 +48,16 @@ class StoredDevice:
         self._store = store
         self._settings = settings
         self._condition = condition
-        self._enrolment = Enrolment.parse(_record(store, ENROLMENT, "enrolled: fedtopk device enrol"))
-        self._invitation = Invitation.parse(_record(store, INVITATION, "joined to a server: fedtopk device join"))
+        for name in (ENROLMENT, INVITATION):
+            _record(store, name)  # read when it is needed: most messages need no catalogue of thousands of items
         self.records: MutableMapping[str, ConfigRecord] = _ConfigRecords(store.records)
 
     @cached_property
     def identity(self) -> Identity:
-        certificate = Certificate.read(Reader(bytes.fromhex(self._enrolment.certificate), "a certificate"))
+        enrolment = enrolment_of(self._store)
+        certificate = Certificate.read(Reader(bytes.fromhex(enrolment.certificate), "a certificate"))
         key = Ed25519PrivateKey.from_private_bytes(self._store.records[IDENTITY_KEY])
-        return Identity(key, certificate, bytes.fromhex(self._enrolment.authority))
+        return Identity(key, certificate, bytes.fromhex(enrolment.authority))
 
     @property
     def policy(self) -> Policy:
@@ -69,12 +72,8 @@ class StoredDevice:
         return self.identity.certificate.device
 
     @property
-    def items(self) -> int:
-        return len(self._catalogue)
-
-    @property
-    def catalogue(self) -> bytes:
-        return self._catalogue.digest
+    def catalogue(self) -> Catalogue:
+        return self._invitation.catalogue
 
     @property
     def publisher(self) -> bytes:
@@ -99,7 +98,7 @@ class StoredDevice:
         from common.trajectory import pad, rewards_of, window_starts
 
         training, objective = self._settings.training, self._settings.objective
-        items, ratings = known(self._store.events(), self._catalogue)
+        items, ratings = known(self._store.events(), self.catalogue)
         rewards = rewards_of(ratings, self._settings.data.rating_range)
         length, device = np.array([len(items)]), np.array([self.number])
         starts = window_starts(training.seed, round_, device, length, training.window)
@@ -130,15 +129,18 @@ class StoredDevice:
             raise Refusal(f"This device does not take part now: {reason}")
 
     @cached_property
-    def _catalogue(self) -> Catalogue:
-        return self._invitation.catalogue
+    def _invitation(self) -> Invitation:
+        return invitation_of(self._store)
 
 
-def known(events: list[Event], catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) indices and ratings of the events whose items the catalogue has, oldest first."""
-    index = {str(item): at for at, item in enumerate(catalogue.ids)}
-    found = [(index[event.item], event.rating) for event in events if event.item in index]
-    return np.array([item for item, _ in found], np.int64), np.array([rating for _, rating in found], np.float64)
+def enrolment_of(store: DeviceStore) -> Enrolment:
+    """What the authority says of a device. Raises :class:`RunError` where it is not enrolled."""
+    return Enrolment.parse(_record(store, ENROLMENT))
+
+
+def invitation_of(store: DeviceStore) -> Invitation:
+    """The server that a device has pinned. Raises :class:`RunError` where it has not joined one."""
+    return Invitation.parse(_record(store, INVITATION))
 
 
 class _ConfigRecords(MutableMapping[str, ConfigRecord]):
@@ -163,7 +165,8 @@ class _ConfigRecords(MutableMapping[str, ConfigRecord]):
         return len(self._values)
 
 
-def _record(store: DeviceStore, name: str, expected: str) -> bytes:
-    if name not in store.records:
-        raise RunError(f"Expected this device to be {expected}.")
-    return store.records[name]
+def _record(store: DeviceStore, name: str) -> bytes:
+    content = store.records.get(name)
+    if content is None:
+        raise RunError(f"Expected this device to be {_DONE[name]}.")
+    return content

@@ -24,6 +24,11 @@ class Catalogue:
         return len(self.ids)
 
     @cached_property
+    def index(self) -> dict[str, int]:
+        """The index of each item, by its id."""
+        return {str(item): at for at, item in enumerate(self.ids)}
+
+    @cached_property
     def digest(self) -> bytes:
         """32 bytes that tell this catalogue from any other: its items and their order."""
         return digest("catalogue", *(str(item).encode(errors="surrogatepass") for item in self.ids))

@@ -4,14 +4,14 @@ Flower's own executor installs the app that came over the network and starts a p
 app is the installed `fedtopk`: nobody who controls the other side can run code on this one, what the process holds in
 memory stays loaded, and a message costs milliseconds instead of the seconds that importing torch takes.
 
-This is the only module, beside :mod:`server.superlink`, that uses what Flower does not promise to keep; it is written
-for 1.42, to which `pyproject.toml` pins it. Source: flwr/supercore/superexec/run_superexec.py,
-flwr/supernode/runtime/run_clientapp.py.
+Beside this module, :mod:`client.agent`, :mod:`server.superlink` and :mod:`simulations.bench` use what Flower does not
+promise to keep; they are written for 1.42, to which `pyproject.toml` pins it. Source:
+flwr/supercore/superexec/run_superexec.py, flwr/supernode/runtime/run_clientapp.py.
 """
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -53,15 +53,20 @@ class Runtime:
     secret: bytes
     certificates: bytes | None = None
 
-    def acquire(self, kind: TaskType) -> str:
-        """The token of the next task of a kind; empty where there is none, or nobody to ask."""
-        with (
-            suppress(httpx.HTTPError),
-            self._client(SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=_ACQUIRE)) as client,
-        ):
-            answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
-            return str(answer.token) if answer.HasField("task") else ""
-        return ""
+    @contextmanager
+    def tasks(self, kind: TaskType) -> Iterator[Callable[[], str]]:
+        """What gives the token of the next task of a kind; an empty one where there is none, or nobody to ask."""
+        with self._client(
+            SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=_ACQUIRE)
+        ) as client:
+
+            def acquire() -> str:
+                with suppress(httpx.HTTPError):
+                    answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+                    return str(answer.token) if answer.HasField("task") else ""
+                return ""
+
+            yield acquire
 
     @contextmanager
     def task(self, token: str) -> Iterator[RuntimeHttpClient]:

@@ -7,6 +7,7 @@ with the authority's public key.
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -42,6 +43,8 @@ class Invitation:
         try:
             found = _READER.validate_json(text)
             load_toml(found.settings)
+            if not found.server.rpartition(":")[2].isdecimal():
+                raise ValueError(f"server={found.server!r} is not host:port")
             if len(bytes.fromhex(found.authority)) != 32 or len(bytes.fromhex(found.publisher)) != 32:
                 raise ValueError("its keys do not have 32 bytes")
         except ValidationError as error:
@@ -57,6 +60,11 @@ class Invitation:
         return found
 
     @property
+    def port(self) -> int:
+        """Of the server."""
+        return int(self.server.rpartition(":")[2])
+
+    @cached_property
     def catalogue(self) -> Catalogue:
         """The items."""
         ids, titles = zip(*self.items, strict=True)

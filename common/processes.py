@@ -1,16 +1,23 @@
-"""Child processes that do not outlive their parent, and secrets that reach them without a file."""
+"""Child processes that do not outlive their parent, and secrets that reach them without a file.
 
-import ctypes
+Tests: tests/unit/test_processes.py.
+"""
+
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-_PDEATHSIG = 1  # of Linux's prctl
+# A program of its own and no `preexec_fn`: after a fork nobody releases the locks that threads of this process hold.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):  # else it died before
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 _PATIENCE_SECONDS = 10.0
 
 
@@ -42,9 +49,13 @@ def running(
 
     A terminal's Ctrl-C does not reach it: that is for this process to pass on, when it is ready. Flower's processes and
     our own would take the signal even where it was ignored when they were started. Others cannot read its files.
+
+    Args:
+        words: the path of a program, and what it is told.
+        descriptors: that it inherits.
     """
     process = subprocess.Popen(
-        words,
+        [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *words],
         env=os.environ | dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -52,7 +63,6 @@ def running(
         pass_fds=descriptors,
         start_new_session=True,
         umask=0o077,
-        preexec_fn=_die_with(os.getpid()),
     )
     try:
         yield process
@@ -64,12 +74,3 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    def prepare() -> None:
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before
-            os._exit(1)
-
-    return prepare

@@ -45,7 +45,7 @@ class Deployment:
 
     items: int
     trust: Trust
-    gather: Callable[[SecureSum], None]
+    gather: Callable[[Nodes, SecureSum], None]
     evaluate: Callable[[Parameters], dict[str, Any]] = lambda parameters: {}
     node_of: Mapping[int, int] = field(default_factory=dict)
     timeout: float = _TIMEOUT_SECONDS
@@ -97,7 +97,7 @@ def serve(
         events, run = Events(store, time.time), run_digest(settings, run_id)
         nodes = Nodes(grid, deployment.timeout, _population(events, deployment.node_of))
         cohort = SecureSum(nodes, settings, run, deployment.trust, events.record)
-        deployment.gather(cohort)
+        deployment.gather(nodes, cohort)
         training = open_training(settings, folder, store, cohort, deployment.items)
         if resume:
             training.resume()
@@ -112,6 +112,8 @@ def serve(
 
 def _population(events: Events, node_of: Mapping[int, int]) -> Mapping[int, int]:
     """The devices of the run, which stay the same when it is gone on with: q, N and the budget are for these."""
+    if not node_of:  # nobody is known yet, and who comes says who it is
+        return node_of
     recorded = events.read(kinds=[_POPULATION])
     if not recorded:
         events.record(_POPULATION, devices=sorted(node_of))

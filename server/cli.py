@@ -102,6 +102,7 @@ def server_init(
     format: FormatOption = "text",
 ) -> None:
     """Make a server's folder: its certificate, the key that signs its models, and the invitation for devices."""
+    from common.secagg.identity import KEY_BYTES
     from common.settings import load_settings
     from server.app import expect_secure
     from server.site import INVITATION, Site, read_catalogue
@@ -112,7 +113,9 @@ def server_init(
     try:
         key = bytes.fromhex(authority)
     except ValueError:
-        raise SettingsError(f"Expected --authority={authority} to be hexadecimal.") from None
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise SettingsError(f"Expected --authority={authority} to be {KEY_BYTES} bytes in hexadecimal digits.")
     settings = load_settings(config, ["aggregation.kind=secure", *(overrides or ())])
     expect_secure(settings)
     site = Site.create(folder, address, [host.strip("[]")], settings, read_catalogue(catalogue), key)
@@ -139,7 +142,7 @@ def server_start(
     from server.site import Site
 
     site = Site(folder)
-    bound = int(site.invitation.server.rpartition(":")[2]) if port is None else port
+    bound = site.invitation.port if port is None else port
     with (
         (folder / "superlink.log").open("ab") as log,
         stopping("Stopping after this round; press Ctrl-C again to break it off.") as should_stop,

@@ -10,6 +10,7 @@ from common.flower_tasks import quiet
 from common.model import Parameters
 from server.app import Deployment, expect_secure, serve
 from server.gateway import Gateway
+from server.nodes import Nodes
 from server.run_folder import RunFolder
 from server.secure_sum import SecureSum, Trust
 from server.site import ENROLMENTS, TLS, Site
@@ -89,8 +90,8 @@ def run_server(
         wait = min(service.wait or len(enrolled), len(enrolled))
         health.status = "waiting for devices"
 
-        def gather(cohort: SecureSum) -> None:
-            cohort.await_online(wait, service.patience, should_stop)
+        def gather(nodes: Nodes, cohort: SecureSum) -> None:
+            nodes.await_online(wait, service.patience, should_stop)
             if not should_stop():
                 service.say(f"{wait} devices are there.")
             health.status = "training"

@@ -94,10 +94,6 @@ class SecureSum:
 
         self._nodes.find(expected, content_of(numbers("I", 0)), identify)
 
-    def await_online(self, count: int, patience: float, should_stop: Callable[[], bool]) -> None:
-        """Wait for so many devices to be connected (:meth:`Nodes.await_online`)."""
-        self._nodes.await_online(count, patience, should_stop)
-
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         traffic = Traffic()
         roster = self._roster(offer, self._nodes.devices[members].tolist(), traffic)
@@ -186,15 +182,14 @@ class SecureSum:
         stage("query.unmask", aggregate.signers, aggregate.signatures, take_unmasking)
         return aggregate
 
-    def deliver(self, parameters: Parameters, round_: int) -> int:
-        """Send all devices that are there the model after so many rounds; how many have it now."""
+    def deliver(self, parameters: Parameters, round_: int) -> None:
+        """Send all devices that are there the model after so many rounds."""
         model, signature = self._signed(parameters, round_)
         content = content_of(numbers("I", round_), model=model, signature=signature)
         contents = dict.fromkeys(sorted(self._nodes.online() - set(self._trust.revoked())), content)
         traffic = Traffic()
         answers = self._nodes.ask("query.model", contents, lambda device, reply: None, traffic, str(round_))
         self._record("delivered", round_, asked=len(contents), answers=answers, reasons=dict(traffic.reasons))
-        return answers
 
     def _signed(self, parameters: Parameters, round_: int) -> tuple[bytes, bytes]:
         model = model_bytes({name: value.numpy() for name, value in parameters.items()})

@@ -3,11 +3,9 @@
 ::
 
     DIR/settings.toml      of the runs to come
-    DIR/catalogue.csv      the public items, most frequent first
-    DIR/authority.pub      of the enrolment authority, which is somebody else's
     DIR/publisher.key      signs the models; devices pin its public key
     DIR/tls/               the server's certificate, its key, and what devices verify it with
-    DIR/invitation.json    all that a device has to know of the server
+    DIR/invitation.json    all that a device has to know of the server; the catalogue and the authority are what it says
     DIR/enrolments/        what the authority wrote for each device (`fedtopk authority enrol --out`)
     DIR/revoked.json       the authority's list; read again before every round
 """
@@ -33,8 +31,8 @@ from server.durable import make_folder, replacing
 from server.superlink import Tls
 from server.tls import CA, CERTIFICATE, KEY, make_tls
 
-SETTINGS, CATALOGUE, AUTHORITY, PUBLISHER = "settings.toml", "catalogue.csv", "authority.pub", "publisher.key"
-INVITATION, ENROLMENTS, REVOKED, TLS = "invitation.json", "enrolments", "revoked.json", "tls"
+SETTINGS, PUBLISHER, INVITATION = "settings.toml", "publisher.key", "invitation.json"
+ENROLMENTS, REVOKED, TLS = "enrolments", "revoked.json", "tls"
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,16 @@ class Site:
         with replacing(path / PUBLISHER) as file:
             file.touch(mode=0o600)
             file.write_bytes(publisher.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        items = [(str(item), str(title)) for item, title in zip(catalogue.ids, catalogue.titles, strict=True)]
-        with replacing(path / CATALOGUE) as file, file.open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream).writerows([("item", "title"), *items])
         invitation = Invitation(
             server=address,
             root_certificate=(path / TLS / CA).read_text(encoding="ascii"),
             authority=authority.hex(),
             publisher=publisher.public_key().public_bytes_raw().hex(),
-            items=items,
+            items=[(str(item), str(title)) for item, title in zip(catalogue.ids, catalogue.titles, strict=True)],
             settings=settings.to_toml(),
         )
         make_folder(path / ENROLMENTS)
-        texts = {AUTHORITY: authority.hex() + "\n", INVITATION: invitation.to_json(), SETTINGS: settings.to_toml()}
-        for name, text in texts.items():
+        for name, text in ((INVITATION, invitation.to_json()), (SETTINGS, settings.to_toml())):
             with replacing(path / name) as file:
                 file.write_text(text, encoding="utf-8")
         return cls(path)
@@ -91,7 +85,7 @@ class Site:
             raise RunError(f"Expected {self.path} to be a server's folder: fedtopk server init makes one.")
         return load_settings(self.path / SETTINGS)
 
-    @property
+    @cached_property
     def invitation(self) -> Invitation:
         return Invitation.parse(self._text(INVITATION))
 
@@ -100,12 +94,9 @@ class Site:
         folder = self.path / TLS
         return Tls(folder / CERTIFICATE, folder / KEY, folder / CA)
 
-    @cached_property
+    @property
     def authority(self) -> bytes:
-        try:
-            return bytes.fromhex(self._text(AUTHORITY))
-        except ValueError:
-            raise RunError(f"Expected {self.path / AUTHORITY} to hold a hexadecimal key.") from None
+        return bytes.fromhex(self.invitation.authority)
 
     @property
     def publisher(self) -> Ed25519PrivateKey:
@@ -114,9 +105,9 @@ class Site:
             raise RunError(f"Expected {self.path / PUBLISHER} to be an Ed25519 key.")
         return key
 
-    @cached_property
+    @property
     def catalogue(self) -> Catalogue:
-        return read_catalogue(self.path / CATALOGUE)
+        return self.invitation.catalogue
 
     def enrolled(self) -> dict[int, str]:
         """Transport keys of all devices that are enrolled, not expired as of now and not revoked, by their numbers."""

@@ -76,10 +76,11 @@ class SuperLink:
         content = _bundle(settings)
         self._control.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", content, {}))))
         start = time.monotonic()
-        while not (token := self._runtime.acquire(TaskType.SERVER_APP)):
-            if time.monotonic() - start > _PATIENCE_SECONDS:
-                raise RunError(f"Expected the SuperLink to hand out the run within {_PATIENCE_SECONDS:g} s.")
-            time.sleep(_POLL_SECONDS)
+        with self._runtime.tasks(TaskType.SERVER_APP) as acquire:
+            while not (token := acquire()):
+                if time.monotonic() - start > _PATIENCE_SECONDS:
+                    raise RunError(f"Expected the SuperLink to hand out the run within {_PATIENCE_SECONDS:g} s.")
+                time.sleep(_POLL_SECONDS)
         with self._runtime.task(token) as client, ExitStack() as stack:
             given = client.PullTaskInput(PullTaskInputRequest())
             run = run_from_proto(given.run)

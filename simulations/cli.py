@@ -1,12 +1,11 @@
 """The `fedtopk` command."""
 
-import json
 import os
 import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import click
 import typer
@@ -14,16 +13,13 @@ from rich.table import Table
 
 from client.cli import device_app
 from client.recommend import recommend
-from common.console import Format, answer, stderr, stopping
+from common.console import answer, stderr, stopping
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
 from server.cli import authority_app, server_app
 from simulations.bench.commands import bench_app
-
-if TYPE_CHECKING:
-    from simulations.simulate import Watch
-
-_CORES = len(os.sched_getaffinity(0))
+from simulations.experiment_commands import accuracy, closed_loop, compare, demo, paper
+from simulations.options import CORES, ConfigOption, FormatOption, SetOption, WorkersOption
 
 app = typer.Typer(
     help="Federated, differentially private training of the top-K off-policy-corrected REINFORCE recommender.",
@@ -38,12 +34,6 @@ app.add_typer(authority_app, name="authority")
 app.add_typer(server_app, name="server")
 app.add_typer(device_app, name="device")
 
-FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; what it lacks is default.")]
-WorkersOption = Annotated[
-    int, typer.Option("--workers", min=1, help="Processes; they change the speed and nothing else.")
-]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
@@ -58,7 +48,7 @@ def simulate(
     config: ConfigOption = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    workers: WorkersOption = _CORES,
+    workers: WorkersOption = CORES,
     cluster: Annotated[
         str, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: its address, auto, or local.")
     ] = "",
@@ -66,6 +56,7 @@ def simulate(
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
     from server.run_folder import RunFolder
+    from simulations.progress import watch
     from simulations.simulate import simulate as run
 
     if resume and (config is not None or overrides):
@@ -74,7 +65,7 @@ def simulate(
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
     with ExitStack() as bars:
-        report = run(folder, _watch(bars, "training", rounds), settings=settings, workers=workers, cluster=cluster)
+        report = run(folder, watch(bars, "training", rounds), settings=settings, workers=workers, cluster=cluster)
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
@@ -114,149 +105,11 @@ def fleet(
         raise typer.Exit(130)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the demo's runs.")] = Path(
-        "runs/demo"
-    ),
-    workers: WorkersOption = _CORES,
-    format: FormatOption = "text",
-) -> None:
-    """Train on MovieLens small without privacy and under two budgets, and print the results table (minutes)."""
-    from rich.console import Group
-
-    from simulations.demo import demo as run
-    from simulations.demo import results_table, verdict
-
-    with ExitStack() as bars:
-        reports = run(out, workers, lambda name, rounds: _watch(bars, name, rounds))
-    if any(report["status"] == "stopped" for report in reports.values()):
-        raise typer.Exit(130)
-    answer(format, reports, lambda: Group(results_table(reports), verdict(reports), f"Run folders: {out}/run-*"))
-
-
-@app.command()
-def compare(
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder for the three runs and what they show.")],
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    workers: WorkersOption = _CORES,
-    format: FormatOption = "text",
-) -> None:
-    """Train with no correction, the correction and the top-K correction, otherwise alike, and show what differs.
-
-    Without privacy unless the settings ask for it. The same command goes on with what an earlier one left.
-    """
-    from rich.console import Group
-
-    from server.run_folder import RunFolder
-    from simulations.compare import compare as run
-    from simulations.compare import settings_of
-    from simulations.compare_report import results_table, write_report
-    from simulations.tensorboard import write_tensorboard
-
-    settings = settings_of(config, overrides or ())
-    with ExitStack() as bars:
-        comparison = run(out, settings, workers, lambda name, rounds: _watch(bars, name, rounds))
-    if comparison is None:
-        stderr.print("Stopped. The same command goes on from here.")
-        raise typer.Exit(130)
-    for estimator in settings:
-        write_tensorboard(RunFolder(out / estimator), out / "tensorboard" / estimator)
-    written = write_report(comparison, out)
-    paths = "\n".join([*written.values(), f"tensorboard --logdir {out / 'tensorboard'}"])
-    answer(format, comparison, lambda: Group(results_table(comparison), *comparison["findings"], paths))
-
-
-@app.command()
-def paper(
-    out: Annotated[Path, typer.Option("--out", metavar="F.json", help="File for the answer.")],
-    picture: Annotated[Path | None, typer.Option("--picture", metavar="F.png", help="Draw the policies, too.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each case.")] = 5,
-    format: FormatOption = "text",
-) -> None:
-    """Repeat the article's two simulations, federatedly and centrally, beside their exact results (minutes)."""
-    from server.durable import make_folder, replacing
-    from simulations.paper import ROUNDS, results_table, run_paper, trainings
-    from simulations.progress import RoundsBar
-
-    if picture is not None:
-        from simulations.paper_picture import draw
-
-        make_folder(picture.parent)
-    make_folder(out.parent)
-    with RoundsBar(trainings(seeds) * ROUNDS, "training") as bar:
-        results = run_paper(seeds, bar.update)
-    with replacing(out) as temporary:
-        temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    if picture is not None:
-        with replacing(picture) as temporary:
-            draw(results, temporary)
-    answer(format, results, lambda: results_table(results))
-
-
-@app.command("closed-loop")
-def closed_loop(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; an earlier one goes on.")],
-    learners: Annotated[list[str] | None, typer.Option("--learner", help="One of them only; may be repeated.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Worlds, logs and trainings.")] = 5,
-    source: Annotated[
-        str, typer.Option("--source", help="movielens-small or synthetic: what the world is fitted to.")
-    ] = ("movielens-small"),
-    users: Annotated[int, typer.Option("--users", min=1, help="Simulated devices.")] = 160_000,
-    items: Annotated[int, typer.Option("--items", min=1, help="Items of the catalogue.")] = 2_000,
-    events: Annotated[int, typer.Option("--events", min=1, help="Logged events of a device.")] = 40,
-    generations: Annotated[int, typer.Option("--generations", min=1, help="Times to train, deploy and log.")] = 1,
-    overrides: SetOption = None,
-    workers: WorkersOption = _CORES,
-    format: FormatOption = "text",
-) -> None:
-    """Train every learner from logs of a world with known preferences, and value its policy exactly (half an hour)."""
-    from rich.console import Group
-
-    from simulations.closed_loop import Setup
-    from simulations.closed_loop_table import (
-        behaviour_table,
-        comparisons_table,
-        jobs_of,
-        off_policy_table,
-        run_closed_loop,
-        values_table,
-    )
-    from simulations.progress import RoundsBar
-
-    setup = Setup(source=source, users=users, items=items, events=events, generations=generations)
-    chosen = learners or []
-    with RoundsBar(jobs_of(chosen, seeds), "closed loop", "results") as bar:
-        summary = run_closed_loop(
-            out,
-            setup,
-            chosen,
-            seeds,
-            overrides or [],
-            valued=min(users, 2_000),
-            workers=workers,
-            on_done=bar.update,
-        )
-    tables = (values_table, comparisons_table, off_policy_table, behaviour_table)
-    answer(format, summary, lambda: Group(*(table(summary) for table in tables)))
-
-
-@app.command()
-def accuracy(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; an earlier one goes on.")],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each case, each way.")] = 5,
-    overrides: SetOption = None,
-    workers: WorkersOption = _CORES,
-    format: FormatOption = "text",
-) -> None:
-    """Train every estimator federatedly and centrally, not privately, and rank held-out items (an hour)."""
-    from simulations.accuracy import CASES, WAYS, accuracy_table, run_accuracy
-    from simulations.progress import RoundsBar
-
-    with RoundsBar(len(CASES) * len(WAYS) * seeds, "accuracy", "results") as bar:
-        summary = run_accuracy(out, list(CASES), seeds, overrides or [], workers=workers, on_done=bar.update)
-    answer(format, summary, lambda: accuracy_table(summary))
+app.command()(demo)
+app.command()(compare)
+app.command()(paper)
+app.command("closed-loop")(closed_loop)
+app.command()(accuracy)
 
 
 @app.command()
@@ -325,20 +178,6 @@ def doctor(format: FormatOption = "text") -> None:
     answer(format, findings, lambda: _findings_table(findings))
     if not all(finding["ok"] or finding["optional"] for finding in findings):
         raise typer.Exit(1)
-
-
-def _watch(bars: ExitStack, title: str, rounds: int) -> "Watch":
-    """A run's progress bar, which ends with the stack, and its notes on standard error."""
-    from simulations.progress import RoundsBar
-    from simulations.simulate import Watch
-
-    bars.close()  # the bar of the run before
-    bar = bars.enter_context(RoundsBar(rounds, title))
-    return Watch(
-        note=lambda sentence: stderr.print(sentence, highlight=False),
-        on_round=lambda progress, remark: bar.update(progress.round, remark),
-        patient=lambda: stopping("Stopping after this round; press Ctrl-C again to break it off."),
-    )
 
 
 def _rows_table(key: str, value: str, rows: dict[str, Any]) -> Table:

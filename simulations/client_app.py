@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from client.app import make_app
 from client.guard import Policy
 from client.ledger import Charge
+from common.catalogue import Catalogue
 from common.errors import SettingsError
 from common.secagg.member import Identity
 from common.settings import Settings
@@ -28,13 +29,13 @@ _LOCAL_USER, _CHARGES = "local_user", "charges"
 
 
 @lru_cache(maxsize=1)
-def _open(settings: Settings) -> "tuple[int, bytes, Population]":
-    """The catalogue's size and digest, and the population."""
+def _open(settings: Settings) -> "tuple[Catalogue, Population]":
+    """The items and the users."""
     from simulations.population import Population
     from simulations.simulate import load_split
 
     train = load_split(settings).train
-    return len(train.catalogue), train.catalogue.digest, Population(settings, train)
+    return train.catalogue, Population(settings, train)
 
 
 class RecordedDevice:
@@ -79,15 +80,11 @@ class _SimulatedDevice(RecordedDevice):
         return Policy.of(self.settings)
 
     @property
-    def items(self) -> int:
+    def catalogue(self) -> Catalogue:
         return _open(self.settings)[0]
 
-    @property
-    def catalogue(self) -> bytes:
-        return _open(self.settings)[1]
-
     def window(self, round_: int) -> "Trajectories":
-        return _open(self.settings)[2].windows(round_, np.array([self.number]))
+        return _open(self.settings)[1].windows(round_, np.array([self.number]))
 
     def load_user(self) -> np.ndarray | None:
         arrays = self.state.array_records.get(_LOCAL_USER)

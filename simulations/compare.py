@@ -13,8 +13,9 @@ import numpy as np
 
 from common.errors import RunError, SettingsError
 from common.objective import WEIGHT_EDGES, propose_cap
-from common.settings import Settings, load_settings
+from common.settings import Settings
 from server.run_folder import RunFolder
+from simulations.presets import load_with_presets
 from simulations.recorded import Histogram, Recorded, recorded
 from simulations.simulate import Watch, simulate
 
@@ -35,17 +36,10 @@ def settings_of(config: Path | None, overrides: Sequence[str]) -> dict[str, Sett
     """The settings of each run by its estimator. Raises :class:`SettingsError`."""
     if any(override.partition("=")[0].strip() == "objective.estimator" for override in overrides):
         raise SettingsError(f"Expected no objective.estimator: a comparison trains {', '.join(ESTIMATORS)}.")
-    configured = load_settings(config)
-    presets = [f"{key}={value}" for key, value in PRESETS.items() if not _given(configured, key)]
     return {
-        estimator: load_settings(config, [*presets, *overrides, f"objective.estimator={estimator}"])
+        estimator: load_with_presets(config, PRESETS, [*overrides, f"objective.estimator={estimator}"])
         for estimator in ESTIMATORS
     }
-
-
-def _given(settings: Settings, key: str) -> bool:
-    section, _, name = key.partition(".")
-    return name in getattr(settings, section).model_fields_set
 
 
 def compare(

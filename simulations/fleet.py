@@ -11,7 +11,7 @@ the policy is a demonstration's, since so few devices cannot bear a real one::
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from common.errors import SettingsError
 from common.flower_tasks import free_port
 from common.model import Parameters
 from common.processes import program, running
-from common.settings import Settings, load_settings
+from common.settings import Settings
 from server.authority import Authority
 from server.deployment import Service, run_server
 from server.durable import make_folder
@@ -34,6 +34,7 @@ from server.site import ENROLMENTS, Site
 from server.training import Progress
 from simulations.datasets.interactions import Interactions
 from simulations.population import Population
+from simulations.presets import load_with_presets
 from simulations.simulate import evaluate_model, load_split
 
 _DAY = 24 * 3600
@@ -43,25 +44,21 @@ _LEAST = 3
 
 
 def demo_settings(devices: int, config: Path | None, overrides: Sequence[str]) -> Settings:
-    """Settings under which so few devices can run at all; what the user sets has precedence.
+    """Settings under which so few devices can run at all; what the user sets has precedence, but in a file the users
+    and the aggregation, which a fleet is: it may be of a simulation.
 
     Raises :class:`SettingsError`, also for fewer than 3 devices.
     """
     if devices < _LEAST:
         raise SettingsError(f"Expected devices={devices} to be at least {_LEAST}, so that a sum hides something.")
-    demo: dict[str, Any] = {
-        "data.users": devices,
+    demo = {
         "training.rounds": 3,
         "training.cohort_rate": 1.0,
-        "aggregation.kind": "secure",
         "aggregation.dropout_fraction": max(0.1, 1 / devices),
         "guard.minimum_cohort": min(_LEAST, devices - 1),
         "guard.minimum_noise_multiplier": 0.1,
     }
-    if config is not None:
-        chosen = load_settings(config).flat()
-        demo = {key: value for key, value in demo.items() if chosen[key] == Settings().flat()[key]}
-    return load_settings(config, [*(f"{key}={value}" for key, value in demo.items()), *overrides])
+    return load_with_presets(config, demo, [f"data.users={devices}", "aggregation.kind=secure", *overrides])
 
 
 def run_fleet(
@@ -89,7 +86,7 @@ def run_fleet(
     say(f"{len(population)} devices have keys, certificates and histories. A demonstration's policy, each insists on:")
     for line in Policy.of(settings).in_words():
         say(f"  {line}")
-    port = int(site.invitation.server.rpartition(":")[2])
+    port = site.invitation.port
     with ExitStack() as stack:
         log = stack.enter_context((home / "server" / "superlink.log").open("ab"))
         stack.enter_context(devices_started(home / "devices", range(len(population))))
@@ -118,19 +115,17 @@ def set_up(home: Path, settings: Settings, histories: Interactions) -> Site:
 
 
 @contextmanager
-def devices_started(
-    folder: Path, devices: Sequence[int], environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
+def devices_started(folder: Path, devices: Sequence[int]) -> Iterator[None]:
     """The processes of these devices, which end with this block; their words are in DEVICE/device.log."""
     with ExitStack() as stack:
         started = []
         for device in devices:
             log = stack.enter_context((folder / str(device) / "device.log").open("ab"))
             words = [program("fedtopk"), "device", "start", str(folder / str(device))]
-            started.append(stack.enter_context(running(words, environment or {}, log)))
-        yield
+            started.append(stack.enter_context(running(words, {}, log)))
         for process in started:  # all at once, before each is waited for
-            process.terminate()
+            stack.callback(process.terminate)
+        yield
 
 
 def _events(histories: Interactions, own: slice) -> Iterator[Event]:

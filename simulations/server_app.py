@@ -5,6 +5,7 @@ from typing import Any
 from common.model import Parameters
 from common.settings import Settings
 from server.app import Deployment, make_app
+from server.nodes import Nodes
 from server.secure_sum import SecureSum, Trust
 from simulations.identities import simulated_authority, simulated_publisher
 from simulations.population import Population
@@ -22,7 +23,7 @@ def _deploy(settings: Settings) -> Deployment:
     seed, catalogue = settings.training.seed, data.train.catalogue
     trust = Trust(simulated_authority(seed), simulated_publisher(seed), catalogue.digest)
 
-    def gather(cohort: SecureSum) -> None:
+    def gather(nodes: Nodes, cohort: SecureSum) -> None:
         cohort.find(settings.data.users or None, len(population))
 
     return Deployment(len(catalogue), trust, gather, evaluate)

@@ -56,6 +56,10 @@ def simulate(
     settings = folder.settings() if settings is None else settings
     if settings.aggregation.kind == "secure":
         raise SettingsError("Expected aggregation.kind=secure only in Flower runs: choose central or plain here.")
+    if cluster and settings.aggregation.kind == "plain":
+        raise SettingsError(
+            f"Expected --ray={cluster} only with aggregation.kind=central: plain computes in one process."
+        )
     data = load_split(settings)
     for sentence in (*data.notes, *_cautions(settings, data.train.users)):
         watch.note(sentence)

@@ -227,8 +227,8 @@ def receive(state: Shared, inbox: bytes) -> tuple[Uploaded, list[tuple[bytes, in
         raise ProtocolError(
             f"Expected the shares of {len(masks) - 1} neighbours to be of at least {terms.degree.quorum}."
         )
-    tagged = upload_key(channel, state.server_key, context, own)
-    return Uploaded(**_carried(state, Uploaded), upload_key=tagged, shares=shares), masks
+    mac_key = upload_key(channel, state.server_key, context, own)
+    return Uploaded(**_carried(state, Uploaded), upload_key=mac_key, shares=shares), masks
 
 
 def upload(state: Uploaded, masks: Sequence[tuple[bytes, int]], residues: NDArray[np.uint32]) -> bytes:

@@ -1,20 +1,16 @@
 """`fedtopk bench`: measured figures."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from common.console import Format, answer
+from common.console import answer
 from common.errors import SettingsError
+from simulations.options import CORES, FormatOption
 
 bench_app = typer.Typer(help="Measured figures.", no_args_is_help=True)
-
-_CORES = len(os.sched_getaffinity(0))
-
-FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 
 
 @bench_app.command()
@@ -39,15 +35,8 @@ def secagg(
     if not devices and not quick:
         sizes.append((10_000, min(dimension, 4096)))
     cases = [Case(n, d, dropout, bits, corrupt, allowed) for n, d in sizes]
-    done = 0
     with RoundsBar(sum(case.steps for case in cases), "secagg", "messages") as bar:
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            bar.update(done, "")
-
-        results = bench_secagg(cases, step)
+        results = bench_secagg(cases, bar.advance)
     answer(format, results, lambda: results_table(results))
 
 
@@ -63,7 +52,7 @@ def fuzz(
     from simulations.progress import RoundsBar
 
     with RoundsBar(inputs, "fuzz", "inputs") as bar:
-        results = run(inputs, seed, lambda done, name: bar.update(done, name))
+        results = run(inputs, seed, bar.update)
     answer(format, results, lambda: results_table(results))
     if results["crashes"]:
         raise typer.Exit(1)
@@ -82,15 +71,9 @@ def device(
     from simulations.bench.device_rounds import Workload
     from simulations.progress import RoundsBar
 
-    workload, done = Workload(items, events, devices, repeats), 0
+    workload = Workload(items, events, devices, repeats)
     with RoundsBar(workload.steps, "device", "measurements") as bar:
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            bar.update(done, "")
-
-        results = bench_device(workload, step)
+        results = bench_device(workload, bar.advance)
     answer(format, results, lambda: results_table(results))
 
 
@@ -109,7 +92,7 @@ def engine(
     cohort: Annotated[int, typer.Option("--cohort", min=1, help="Devices of a round; of Flower's at most 200.")] = 2000,
     items: Annotated[int, typer.Option("--items", min=2, help="A, size of the catalogue.")] = 5000,
     steps: Annotated[int, typer.Option("--steps", min=2, help="T, interactions of a device.")] = 50,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = _CORES,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = CORES,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measurements of each; the median counts.")] = 3,
     growth: Annotated[bool, typer.Option("--growth", help="Also our engine at other sizes.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="At most 40 of 60 devices, 200 items, 10 steps.")] = False,

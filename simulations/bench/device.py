@@ -33,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -69,6 +68,7 @@ from common.secagg.terms import Terms
 from common.settings import Settings
 from simulations.bench.device_rounds import RUN_ID, SEED, Rounds, Workload, invitation
 from simulations.bench.machine import machine
+from simulations.bench.meter import Meter, own_peak_mib, peak_mib
 from simulations.bench.secagg import Case, measure
 from simulations.identities import simulated_identity
 from simulations.processes import start_worker
@@ -109,7 +109,7 @@ def bench_device(workload: Workload, on_step: Callable[[], None]) -> dict[str, A
             for number in range(1 + workload.repeats):
                 played.append(rounds.play(number))
                 on_step()
-            peak = run(_own_peak_mib)
+            peak = run(own_peak_mib)
             parts = run(device.parts, rounds.terms(0).to_bytes(), workload.repeats)
             recommend_ms = run(device.recommend_ms, workload.repeats)
             recommender = _recommender_mib(device)
@@ -163,23 +163,6 @@ def results_table(results: dict[str, Any]) -> Group:
     )
 
 
-class _Meter:
-    """CPU seconds of this process by name."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = time.process_time()
-        yield
-        self.seconds[name].append(time.process_time() - begin)
-
-    def ms(self, name: str, skip: int = 1) -> float:
-        """The median without the first ones."""
-        return round(1e3 * median(self.seconds[name][skip:]), 3)
-
-
 @dataclass(frozen=True)
 class _Device:
     """The device; every method opens its store, in whatever process it is called."""
@@ -197,7 +180,7 @@ class _Device:
         content = content_of(body, model=model, signature=signature)
         message = Message(content, dst_node_id=_NODE, message_type=action)
         context = Context(RUN_ID, _NODE, {}, RecordDict(), self.settings.flat())
-        meter = _Meter()
+        meter = Meter(time.process_time)
         agent = Agent(self.folder, KeyFile(self.key), str, lambda line: None, BytesIO())
         with meter(action):
             reply = agent.reply(message, context)
@@ -207,7 +190,7 @@ class _Device:
 
     def parts(self, terms: bytes, repeats: int) -> dict[str, float]:
         """What `update_ms` holds of the update itself, and not of the protocol."""
-        meter, agreed = _Meter(), Terms.parse(terms)
+        meter, agreed = Meter(time.process_time), Terms.parse(terms)
         still = self.settings.model_copy(
             update={"training": self.settings.training.model_copy(update={"user_steps": 0})}
         )
@@ -217,7 +200,7 @@ class _Device:
             assert model is not None and stored is not None  # the device took part
             user = torch.from_numpy(stored).unsqueeze(0)
             for again in range(1 + repeats):
-                offer = read_offer(agreed, read_arrays(model.content), self.settings, device.items)
+                offer = read_offer(agreed, read_arrays(model.content), self.settings, len(device.catalogue))
                 with meter("input"):
                     window, candidates = device.window(offer.round), offer.candidates
                 work = (offer.parameters, window, user, candidates, offer.warm)
@@ -241,7 +224,7 @@ class _Device:
         }
 
     def recommend_ms(self, repeats: int) -> float:
-        meter = _Meter()
+        meter = Meter(time.process_time)
         with self.opened() as store:
             recommender = received(store).recommender
             for _ in range(1 + repeats):
@@ -251,7 +234,7 @@ class _Device:
 
     def add_event_ms(self) -> dict[str, float]:
         """In wall and in CPU time."""
-        meter, wall = _Meter(), []
+        meter, wall = Meter(time.process_time), []
         with self.opened() as store:
             for _ in range(1 + _ADDED):
                 begin = time.perf_counter()
@@ -309,14 +292,4 @@ def _recommender_mib(device: _Device) -> float:
     """Of a process that recommends once."""
     words = [sys.executable, "-c", _RECOMMEND, str(device.folder), str(device.key)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return _peak_mib(done.stdout)
-
-
-def _own_peak_mib() -> float:
-    return _peak_mib(Path("/proc/self/status").read_text(encoding="utf-8"))
-
-
-def _peak_mib(status: str) -> float:
-    """The peak of resident memory in what Linux says of a process."""
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return round(int(line.split()[1]) / 1024, 1)
+    return peak_mib(done.stdout)

@@ -13,9 +13,8 @@ in the server's memory in reality. What a process does once is left out: see :mo
 import gc
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -36,8 +35,9 @@ from common.secagg.member import Advertised, Agreed, Shared, Uploaded
 from common.secagg.packing import packed_bytes
 from common.secagg.roster import View
 from common.secagg.terms import Terms
-from simulations.bench.legacy import legacy_mask_ms, our_mask_ms
+from simulations.bench.legacy import compare_masks
 from simulations.bench.machine import machine
+from simulations.bench.meter import Meter
 from simulations.identities import simulated_authority, simulated_identity
 
 _RUN = bytes(32)
@@ -106,7 +106,7 @@ def bench_secagg(cases: Sequence[Case], on_step: Callable[[], None]) -> dict[str
     gc.disable()
     try:
         rows = [measure(case, on_step) for case in cases]
-        legacy = _legacy(first.dimension, first.terms.encoding.bits)
+        legacy = compare_masks(first.dimension, first.terms.encoding.bits, _REPEATS)
     finally:
         gc.enable()
     return {"machine": where, "rows": rows, "flower_legacy": legacy}
@@ -139,19 +139,6 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-class _Meter:
-    """CPU seconds of this thread by stage, one number for each time that a stage was entered."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.thread_time()
-        yield
-        self.seconds[stage].append(time.thread_time() - begin)
-
-
 class _Checked(Advertisement):
     """An advertisement that a device need not check."""
 
@@ -170,7 +157,7 @@ class _Attempt:
         self.terms = terms = case.terms
         self.alive = [position for position in range(terms.n) if position not in case.dropped]
         self.sample = {self.alive[index] for index in np.linspace(0, len(self.alive) - 1, _SAMPLE).astype(int)}
-        self.device, self.server, self._untimed = _Meter(), _Meter(), _Meter()
+        self.device, self.server, self._untimed = (Meter(time.thread_time) for _ in range(3))
         self.up, self.down = [0] * terms.n, [0] * terms.n  # bytes by position, without the masked update and the model
         self.upload_bytes = 0
         self._on_step = on_step
@@ -295,23 +282,13 @@ def measure(case: Case, on_step: Callable[[], None]) -> dict[str, Any]:
 
 def _encode_ms(terms: Terms) -> float:
     """Clipping, rotation, rounding and noise of one update; the table of the noise is there already."""
-    encoding, meter = terms.encoding, _Meter()
+    encoding, meter = terms.encoding, Meter(time.thread_time)
     signs = random_signs(encoding.dimension, seeded_stream(_SEED, "rotation"))
     update = np.random.default_rng(_SEED).standard_normal(encoding.dimension, np.float32)
     for _ in range(1 + _REPEATS):
         with meter("encode"):
             encode(update, encoding, terms.n, signs, system_stream(), system_stream())
     return 1e3 * median(meter.seconds["encode"][1:])
-
-
-def _legacy(dimension: int, bits: int) -> dict[str, float]:
-    ours = median(our_mask_ms(dimension, 32, bits) for _ in range(_REPEATS))
-    legacy = median(legacy_mask_ms(dimension, 2) for _ in range(_REPEATS))
-    return {
-        "mask_ms_per_million": round(legacy, 3),
-        "ours_mask_ms_per_million": round(ours, 4),
-        "ratio": round(legacy / ours, 1),
-    }
 
 
 def _accept(terms: Terms) -> None:

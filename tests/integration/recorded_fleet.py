@@ -10,7 +10,7 @@ Run as a program: the folder for what is recorded, and then the command's own wo
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +62,7 @@ def planted(device: int) -> list[Event]:
 def recorded(traffic: Path, folder: Path, stack: ExitStack) -> None:
     """Have all devices of a fleet's folder connect through recorders."""
     site = Site(folder.parent / "server")
-    gateway = int(site.invitation.server.rpartition(":")[2])
+    gateway = site.invitation.port
     hidden = stack.enter_context(Recorder(gateway, traffic / HIDDEN, site.tls))
     wire = stack.enter_context(Recorder(hidden.port, traffic / WIRE))
     for path in folder.glob("*.key"):
@@ -78,10 +78,10 @@ if __name__ == "__main__":
     traffic = Path(sys.argv.pop(1))
 
     @contextmanager
-    def started(folder: Path, devices: Sequence[int], environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    def started(folder: Path, devices: Sequence[int]) -> Iterator[None]:
         with ExitStack() as stack:
             recorded(traffic, folder, stack)
-            stack.enter_context(devices_started(folder, devices, environment))
+            stack.enter_context(devices_started(folder, devices))
             yield
 
     simulations.fleet.devices_started = started

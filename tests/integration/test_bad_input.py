@@ -50,6 +50,13 @@ def test_settings(tmp_path: Path, override: str, message: str) -> None:
     assert simulate_refused(tmp_path / "run", override).startswith(message)
 
 
+def test_a_cluster_that_would_compute_nothing(tmp_path: Path) -> None:
+    words = ("--ray", "local", "--set", "aggregation.kind=plain")
+    message = refused("simulate", "--out", tmp_path / "run", *arguments(TINY), *words)
+    assert message.startswith("Expected --ray=local only with aggregation.kind=central")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -46,7 +46,11 @@ def test_mistakes_are_told_in_one_line_and_change_nothing(tmp_path: Path) -> Non
     phone = made(tmp_path)
     (tmp_path / "bad.csv").write_text(EVENTS + "1,many,2\n")
     (tmp_path / "odd.csv").write_text("movie,stars\n1,2\n")
+    (tmp_path / "items.csv").write_text("item\n318\n")
+    server = ["server", "init", tmp_path / "server", "--address", "a:1", "--catalogue", tmp_path / "items.csv"]
     mistakes = [
+        ([*server, "--authority", "xyz"], "authority=xyz to be 32 bytes in hexadecimal"),
+        ([*server, "--authority", "00" * 31], "to be 32 bytes in hexadecimal"),
         (["device", "add-events", phone, tmp_path / "bad.csv"], "line 4"),
         (["device", "add-events", phone, tmp_path / "odd.csv"], "columns item, rating and timestamp"),
         (["device", "add-events", phone, tmp_path / "none.csv"], "readable"),
@@ -59,4 +63,4 @@ def test_mistakes_are_told_in_one_line_and_change_nothing(tmp_path: Path) -> Non
         done = fedtopk(*words)
         assert done.returncode == 1, words
         assert said in done.stderr and "Traceback" not in done.stderr
-    assert json.loads(fedtopk("device", "export", phone).stdout)["events"] == []
+    assert json.loads(fedtopk("device", "export", phone).stdout)["events"] == [] and not (tmp_path / "server").exists()

@@ -8,8 +8,8 @@ import pytest
 from deployment import DEVICES, opened
 from recorded_fleet import Fleet, planted
 
+from client.device_contents import known
 from client.ledger import Charge
-from client.stored_device import known
 from common.messages import read_arrays, run_digest
 from common.settings import load_settings
 from common.signed_model import Edition

@@ -16,8 +16,9 @@ from flwr.app import ConfigRecord
 from recorded_fleet import HIDDEN, WIRE, Fleet, planted
 from running import fedtopk
 
+from client.device_contents import known
 from client.store_key import KeyFile
-from client.stored_device import ENROLMENT, IDENTITY_KEY, TRANSPORT_KEY, known
+from client.stored_device import ENROLMENT, IDENTITY_KEY, TRANSPORT_KEY
 from common.enrolment import Enrolment
 from server.checkpoint import load
 from server.site import Site

@@ -11,6 +11,7 @@ import torch
 from in_process_grid import InProcessGrid, Lost
 from running import TINY
 
+from client.coins import Coins
 from client.device import participate
 from common.errors import AggregationError
 from common.messages import run_digest
@@ -20,6 +21,7 @@ from common.privacy.encoding import Encoding, add_residues
 from common.settings import Settings, load_settings
 from server.cohort import release
 from server.nodes import Nodes
+from server.sampling import draw_roster
 from server.secure_sum import SecureSum, Trust
 from simulations.client_app import client_app
 from simulations.datasets import load
@@ -39,7 +41,8 @@ SMALL = TINY | {
 
 
 def settings_with(**changes: object) -> Settings:
-    tree = SMALL | {f"aggregation.{key}": value for key, value in changes.items()}
+    """Dots in names of changes are written as two underscores."""
+    tree = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
     return load_settings(None, [f"{key}={value}".replace("True", "true") for key, value in tree.items()])
 
 
@@ -86,13 +89,13 @@ def population() -> Population:
 def encoded(population: Population) -> dict[tuple[int, int], np.ndarray]:
     """What each device encodes in a roster of n, by (n, device)."""
     offer = offer_of()
-    return {
-        (n, device): participate(
-            offer, n, device, population.windows(offer.round, np.array([device])), torch.zeros(TINY["model.user_width"])
-        ).residues
-        for n in (N - 2, N - 1, N)
-        for device in range(N)
-    }
+    return {(n, device): own_part(offer, population, n, device) for n in (N - 2, N - 1, N) for device in range(N)}
+
+
+def own_part(offer: Offer, population: Population, roster: int, device: int) -> np.ndarray:
+    """What a device encodes in its first round."""
+    window, user = population.windows(offer.round, np.array([device])), torch.zeros(TINY["model.user_width"])
+    return participate(offer, roster, device, window, user).residues
 
 
 def plain(offer: Offer, encoded: dict[tuple[int, int], np.ndarray], roster: int, survivors: set[int]) -> np.ndarray:
@@ -135,17 +138,14 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
     assert released > 50
 
 
-@pytest.mark.parametrize("change", [{"bits": 32}, {"bits": 20}, {"hybrid": True}])
+@pytest.mark.parametrize(
+    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}]
+)
 def test_other_widths_and_the_hybrid_channel(change: dict[str, object], population: Population) -> None:
     settings = settings_with(**change)
     offer = offer_of(settings)
     cohort, _, _ = secure(lambda kind, node: (kind, node) == ("train.upload", 4), settings)
-    encoded = {
-        (N, device): participate(
-            offer, N, device, population.windows(offer.round, np.array([device])), torch.zeros(TINY["model.user_width"])
-        ).residues
-        for device in range(N)
-    }
+    encoded = {(N, device): own_part(offer, population, N, device) for device in range(N)}
     total = cohort.sum_updates(offer, np.arange(N)).total
     np.testing.assert_array_equal(total, plain(offer, encoded, N, set(range(N)) - {4}))
 
@@ -158,6 +158,20 @@ def test_a_device_brings_its_next_keys_with_its_last_answer() -> None:
     assert "query.advertise" not in {kind for kind, _ in grid.seen[first:]}
     stages = [event["stage"] for event in events if event["kind"] == "stage" and event["round"] == 2]
     assert stages == ["share", "upload", "agree", "unmask"]
+
+
+def test_the_sum_is_that_of_the_devices_whose_own_coin_fell(population: Population) -> None:
+    settings = settings_with(training__coins="device", training__cohort_rate=0.6)
+    offer, run = offer_of(settings), run_digest(settings, RUN_ID)
+    heads = {device for device in range(N) if Coins({}, run).flip(offer.round, settings, device)}
+    cohort, grid, _ = secure(lambda kind, node: False, settings)
+    before = len(grid.seen)
+    total = cohort.sum_updates(offer, draw_roster(settings, offer.round, N))
+    asked = {stage: [node for kind, node in grid.seen[before:] if kind == stage] for stage in STAGES}
+    assert 3 < len(heads) < N and len(heads) == total.roster == total.survivors
+    assert asked == {stage: sorted(heads) for stage in STAGES} | {"query.advertise": list(range(N))}
+    encoded = {(len(heads), device): own_part(offer, population, len(heads), device) for device in heads}
+    np.testing.assert_array_equal(total.total, plain(offer, encoded, len(heads), heads))
 
 
 def test_a_failed_attempt_is_followed_by_one_with_fresh_keys(encoded: dict[tuple[int, int], np.ndarray]) -> None:

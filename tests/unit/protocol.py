@@ -59,6 +59,7 @@ class Play:
     agreed: dict[int, Agreed] = field(default_factory=dict)
     uploads: dict[int, bytes] = field(default_factory=dict)
     random: Callable[[int], bytes] = os.urandom
+    clocks: dict[int, float] = field(default_factory=dict)  # of devices for which it is not NOW, by position
 
     def positions(self, absent: Collection[int]) -> list[int]:
         return [position for position, device in enumerate(self.device_at) if device not in absent]
@@ -69,7 +70,8 @@ class Play:
     def share(self, absent: Collection[int] = ()) -> None:
         for position in self.positions(absent):
             identity, state = self.identities[self.device_at[position]], self.advertised[self.device_at[position]]
-            self.shared[position], message = member.share(state, identity, self.view(position), NOW, self.random)
+            view, now = self.view(position), self.clocks.get(position, NOW)
+            self.shared[position], message = member.share(state, identity, view, now, self.random)
             self.aggregate.take_shares(position, message)
 
     def upload(self, residues: np.ndarray, absent: Collection[int] = ()) -> None:

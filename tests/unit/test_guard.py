@@ -274,7 +274,7 @@ def test_a_device_that_is_not_set_up_says_so(tmp_path: Path) -> None:
     key = KeyFile(tmp_path / "key")
     request = make_device(tmp_path / "device", key)
     with DeviceStore.open(tmp_path / "device", key) as store:
-        with pytest.raises(RunError, match="enrolled: fedtopk device enrol"):
+        with pytest.raises(RunError, match="enrolled first: fedtopk device enrol"):
             StoredDevice(store, SETTINGS)
         with pytest.raises(RunError, match="enrolled first"):
             join(store, invitation(), POLICY)
@@ -308,7 +308,9 @@ def test_a_policy_of_ones_own_is_read_or_refused(text: str, reason: str) -> None
     assert with_changes(POLICY, "") == POLICY
 
 
-@pytest.mark.parametrize("change", [{"authority": "zz"}, {"publisher": "00"}, {"items": []}, {"settings": "a = 1"}])
+@pytest.mark.parametrize(
+    "change", [{"authority": "zz"}, {"publisher": "00"}, {"items": []}, {"settings": "a = 1"}, {"server": "x"}]
+)
 def test_an_invitation_that_is_none_is_refused(change: dict[str, Any]) -> None:
     assert Invitation.parse(invitation().to_json()) == invitation()
     with pytest.raises(DataError, match="Expected"):
