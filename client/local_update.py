@@ -20,6 +20,7 @@ from torch.func import grad, vmap
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.ghost import Gradient, Picked, Tape
+from common.item_slice import ItemSlice
 from common.model import HEADS, Parameters, Recurrence, condition, group_of, items_in, policy_weight, queries
 from common.objective import WEIGHT_EDGES, Evidence, coefficients, histogram, mean_over, top_k_multiplier
 from common.settings import GroupScale, Head, Settings
@@ -70,6 +71,7 @@ def compute_update(
     users: Tensor,
     candidates: Candidates,
     warm: bool,
+    item_slice: ItemSlice | None = None,
 ) -> LocalUpdate:
     """Steps 1 to 3 for B devices.
 
@@ -79,8 +81,9 @@ def compute_update(
         users: (B, w) the devices' embeddings.
         candidates: what the round's softmax is normalised over.
         warm: whether the warm-up rounds are over.
+        item_slice: the items that the heads have rows for; steps with other items are in no loss. None: all.
     """
-    loss = _Loss(settings, candidates, warm)
+    loss = _Loss(settings, candidates, warm, item_slice)
     tape = Tape(recording=settings.training.local_steps == 1)
     states, at, query, users = _prepare(loss, parameters, trajectories, users, tape)
     if settings.training.local_steps > 1:
@@ -101,10 +104,11 @@ def losses_of(
     users: Tensor,
     candidates: Candidates,
     warm: bool,
+    item_slice: ItemSlice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B,) the losses whose gradients :func:`compute_update` takes, differentiable by the parameters, and (B, w) the
     adapted embeddings: for training that is not federated. Arguments as there."""
-    loss, idle = _Loss(settings, candidates, warm), Tape(recording=False)
+    loss, idle = _Loss(settings, candidates, warm, item_slice), Tape(recording=False)
     states, at, query, users = _prepare(loss, parameters, trajectories, users, idle)
     per_user, _, _ = loss.shared(parameters, _rows(states, at), query, users, idle)
     return per_user, users
@@ -119,7 +123,7 @@ def adapt_users(
         states: (B, T, n) states before each step.
     """
     everything = torch.arange(trajectories.items.shape[1]).expand(len(users), -1)
-    support = _take(trajectories, everything, trajectories.lengths)
+    _, support = _take(trajectories, everything, trajectories.lengths, None)
     return _adapt(_Loss(settings, None, warm=True), parameters, states, support, users)
 
 
@@ -128,6 +132,7 @@ class _Loss:
     settings: Settings
     candidates: Candidates
     warm: bool
+    item_slice: ItemSlice | None = None
 
     def shared(
         self,
@@ -187,7 +192,7 @@ class _Loss:
             log_beta if objective.needs_behaviour else None,
             log_start,
             baseline,
-            items_in(parameters),
+            self._items(parameters),
         )
         c = coefficients(objective, evidence, self.warm)
         policy_loss = -mean_over(c * policy.fit, steps.mask)
@@ -213,9 +218,12 @@ class _Loss:
         rewards, returns = support.rewards, support.returns
         if self.settings.reward.source == "critic":
             rewards = returns = _Critic(parameters, conditioned, support, idle).own
-        evidence = Evidence(rewards, returns, support.mask, log_pi, log_beta, None, None, items_in(parameters))
+        evidence = Evidence(rewards, returns, support.mask, log_pi, log_beta, None, None, self._items(parameters))
         c = coefficients(self.settings.objective, evidence, self.warm)
         return -mean_over(c * policy.fit, support.mask), mean_over(c, support.mask)
+
+    def _items(self, parameters: Parameters) -> int:
+        return items_in(parameters) if self.item_slice is None else self.item_slice.items
 
     def _head(
         self, head: Head, parameters: Parameters, conditioned: Tensor, steps: _Steps, tape: Tape
@@ -265,12 +273,14 @@ def _prepare(
     """Steps 1 and 2: (B, T+1, n) states, (B, S) where the newer part stands, its steps, and adapted embeddings."""
     states = Recurrence(loss.settings.model).run(parameters, trajectories.items, trajectories.rewards, tape)
     support_end = int(trajectories.support.max())
-    support = _take(trajectories, torch.arange(support_end).expand(len(users), -1), trajectories.support)
-    users = _adapt(loss, parameters, states[:, :support_end].detach(), support, users)
+    older = torch.arange(support_end).expand(len(users), -1)
+    before, support = _take(trajectories, older, trajectories.support, loss.item_slice)
+    users = _adapt(loss, parameters, _rows(states.detach(), before), support, users)
     newer = trajectories.lengths - trajectories.support
     at = trajectories.support.unsqueeze(-1) + torch.arange(int(newer.max()))
     at = at.clamp(max=trajectories.items.shape[1] - 1)  # padded steps may point anywhere
-    return states, at, _take(trajectories, at, newer), users
+    at, query = _take(trajectories, at, newer, loss.item_slice)
+    return states, at, query, users
 
 
 def _adapt(loss: _Loss, parameters: Parameters, states: Tensor, support: _Steps, users: Tensor) -> Tensor:
@@ -331,15 +341,19 @@ def _rows(states: Tensor, at: Tensor) -> Tensor:
     return states.gather(1, at.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
-def _take(trajectories: Trajectories, index: Tensor, count: Tensor) -> _Steps:
-    """The steps at (B, S) `index`, of which the first (B,) `count` are real."""
+def _take(
+    trajectories: Trajectories, index: Tensor, count: Tensor, item_slice: ItemSlice | None
+) -> tuple[Tensor, _Steps]:
+    """The steps at (B, S) `index`, of which the first (B,) `count` are real, and where they are; of a slice only those
+    of its items, moved together, with the items' positions in it."""
     mask = torch.arange(index.shape[1]) < count.unsqueeze(-1)
-    return _Steps(
-        trajectories.items.gather(1, index),
-        trajectories.rewards.gather(1, index),
-        trajectories.returns.gather(1, index),
-        mask,
-    )
+    items = trajectories.items.gather(1, index)
+    if item_slice is not None:
+        items = item_slice.positions(items)
+        mask = mask & (items >= 0)
+        kept = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+        index, items, mask = (values.gather(1, kept) for values in (index, items.clamp(min=0), mask))
+    return index, _Steps(items, trajectories.rewards.gather(1, index), trajectories.returns.gather(1, index), mask)
 
 
 @dataclass(frozen=True)

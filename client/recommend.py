@@ -120,7 +120,10 @@ def received(store: "DeviceStore") -> Received:
         raise RunError("Expected this device to be joined to a server: fedtopk device join.")
     model = store.load_model()
     if model is None:
-        raise RunError("Expected this device to have received a model: it gets one when it takes part in a round.")
+        raise RunError(
+            "Expected this device to have received a model: it gets one when it takes part in a "
+            "round, or, where rounds show slices of the items, when the run ends."
+        )
     invitation = Invitation.parse(store.records[INVITATION])
     catalogue = invitation.catalogue
     settings, run_id, round_, signature = _described(model.metadata)

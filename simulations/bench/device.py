@@ -220,7 +220,7 @@ class _Device:
                 offer = read_offer(agreed, read_arrays(model.content), self.settings, device.items)
                 with meter("input"):
                     window, candidates = device.window(offer.round), offer.candidates
-                work = (offer.parameters, window, user, candidates, offer.warm)
+                work = (offer.parameters, window, user, candidates, offer.warm, offer.item_slice)
                 with meter("update"):
                     update = compute_update(self.settings, *work)
                 with meter("still"):

@@ -120,7 +120,7 @@ def clipped_gradient(
     """
     for value in model.values():
         value.grad = None
-    loss, user = losses_of(offer.settings, dict(model), window, user, offer.candidates, offer.warm)
+    loss, user = losses_of(offer.settings, dict(model), window, user, offer.candidates, offer.warm, offer.item_slice)
     loss.sum().backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.values(), offer.settings.privacy.clip_norm)
     return {name: value.grad for name, value in model.items() if value.grad is not None}, user
