@@ -13,6 +13,7 @@ from running import TINY
 
 from client.device import participate
 from common.errors import AggregationError
+from common.item_slice import cut, slice_of
 from common.messages import run_digest
 from common.model import initialise
 from common.offer import Offer
@@ -39,7 +40,7 @@ SMALL = TINY | {
 
 
 def settings_with(**changes: object) -> Settings:
-    tree = SMALL | {f"aggregation.{key}": value for key, value in changes.items()}
+    tree = SMALL | {key if "." in key else f"aggregation.{key}": value for key, value in changes.items()}
     return load_settings(None, [f"{key}={value}".replace("True", "true") for key, value in tree.items()])
 
 
@@ -48,10 +49,11 @@ SETTINGS = settings_with()
 
 def offer_of(settings: Settings = SETTINGS, round_: int = 3, attempt: int = 1) -> Offer:
     items = len(load(settings.data, seed=settings.training.seed).catalogue)
-    parameters = initialise(settings, items, torch.Generator().manual_seed(1))
+    item_slice = slice_of(settings, items, round_)
+    parameters = cut(initialise(settings, items, torch.Generator().manual_seed(1)), item_slice)
     dimension = sum(value.numel() for value in parameters.values())
     encoding = Encoding.choose(dimension, 1.0, 1.0, cohort=N, honest=0.7, bits=settings.aggregation.bits)
-    return Offer(round_, attempt, parameters, encoding, settings)
+    return Offer(round_, attempt, parameters, encoding, settings, item_slice)
 
 
 def trust_of(settings: Settings) -> Trust:
@@ -135,8 +137,11 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
     assert released > 50
 
 
-@pytest.mark.parametrize("change", [{"bits": 32}, {"bits": 20}, {"hybrid": True}])
-def test_other_widths_and_the_hybrid_channel(change: dict[str, object], population: Population) -> None:
+SLICED = {"objective.slice_items": 20, "model.input_rows": 16}
+
+
+@pytest.mark.parametrize("change", [{"bits": 32}, {"bits": 20}, {"hybrid": True}, SLICED])
+def test_other_widths_the_hybrid_channel_and_slices(change: dict[str, object], population: Population) -> None:
     settings = settings_with(**change)
     offer = offer_of(settings)
     cohort, _, _ = secure(lambda kind, node: (kind, node) == ("train.upload", 4), settings)
