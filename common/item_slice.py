@@ -16,10 +16,12 @@ Given that a slice holds the logged item a, its other items are a uniform draw o
 is an unbiased estimate of the normaliser over all items: the logQ correction of :mod:`common.softmax`, once more.
 
 Guarantees (``tests/unit/test_item_slice.py``):
-    - the expected update, scattered over the catalogue, is that of the whole catalogue but for what Jensen's inequality
-      does to 1/Ẑ and what averaging over fewer steps does to a device's mean;
-    - a device takes no slice but its own of the round: it derives the slice itself, and refuses a model whose publisher
-      did not sign it for the items of that slice.
+    - Ẑ is unbiased over the slices that hold a; 1/Ẑ is not, as with any sampled softmax;
+    - a device's update, scattered over the catalogue, is on average over all slices the update of the whole catalogue
+      times the chance that the slice holds any of its items: exactly for a loss without Ẑ and items that differ;
+    - a batch of devices is its devices one by one.
+A device derives the slice itself, and refuses a model that its publisher did not sign for the rows of that slice
+(``tests/unit/test_guard.py::test_a_slice_that_is_not_the_rounds_is_refused_before_anything_is_charged``).
 """
 
 import math

@@ -77,7 +77,8 @@ class ModelSettings(_Section):
     """`none` has no state: one policy for all but for the user embeddings."""
     input_width: int = Field(32, ge=1, le=4096)
     input_rows: int = Field(0, ge=0, le=8192)
-    """Rows of the cell's table of items: above 0, items share them by a public hash, the most frequent ones first."""
+    """Rows of the cell's table of items: 0: one each; else items share so many by a public hash, in which the most
+    frequent ones do not meet each other."""
     state_width: int = Field(64, ge=1, le=4096)
     user_width: int = Field(16, ge=1, le=4096)
     ratings: bool = True
