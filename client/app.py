@@ -85,10 +85,8 @@ class Opened:
         self.secure = SecureUpload(self.device, self.run)
 
     def checked_model(self, message: Message, round_: int) -> bytes:
-        """The model after so many rounds, which is kept. Raises :class:`ProtocolError` for any other one."""
-        content, signature = signed_model_of(message)
-        edition = Edition(self.run, round_, self.device.catalogue.digest)
-        edition.check(self.device.publisher, content, signature)
+        """The model of all items after so many rounds, which is kept. Raises :class:`ProtocolError` for another one."""
+        content, signature = self._checked(message, round_, self.device.catalogue.digest)
         metadata = {
             "version": str(VERSION),
             "settings": self.settings.to_toml(),
@@ -98,6 +96,21 @@ class Opened:
         }
         self.device.keep_model(content, metadata)
         return content
+
+    def offered_model(self, message: Message, round_: int) -> bytes:
+        """The model to train on in a round. Raises :class:`ProtocolError` where it is not of the items of the round: of
+        all, or of the slice that this device finds for it, of which there is nothing to keep."""
+        from common.item_slice import rows_digest, slice_of
+
+        item_slice = slice_of(self.settings, len(self.device.catalogue), round_)
+        if item_slice is None:
+            return self.checked_model(message, round_ - 1)
+        return self._checked(message, round_ - 1, rows_digest(self.device.catalogue.digest, item_slice))[0]
+
+    def _checked(self, message: Message, round_: int, rows: bytes) -> tuple[bytes, bytes]:
+        content, signature = signed_model_of(message)
+        Edition(self.run, round_, rows).check(self.device.publisher, content, signature)
+        return content, signature
 
 
 def make_app(open_device: OpenDevice) -> ClientApp:
@@ -133,7 +146,7 @@ def _share(message: Message, opened: Opened) -> Message:
 
 
 def _upload(message: Message, opened: Opened) -> Message:
-    model = opened.checked_model(message, opened.secure.terms.round - 1)
+    model = opened.offered_model(message, opened.secure.terms.round)
     body = opened.secure.upload(body_of(message), lambda terms: _compute(opened, terms, model))
     return Message(content_of(body), reply_to=message)
 

@@ -37,7 +37,13 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
     """
     with one_thread():
         update = compute_update(
-            offer.settings, offer.parameters, window, user.unsqueeze(0), offer.candidates, offer.warm
+            offer.settings,
+            offer.parameters,
+            window,
+            user.unsqueeze(0),
+            offer.candidates,
+            offer.warm,
+            offer.item_slice,
         )
         vector = update.gradients.weighted_sum(torch.ones(1)).numpy()
     local_user = update.local_users[0]

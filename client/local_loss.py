@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.ghost import Picked, Tape
+from common.item_slice import ItemSlice
 from common.model import HEADS, Parameters, condition, items_in, policy_weight, queries
 from common.objective import WEIGHT_EDGES, Evidence, coefficients, histogram, mean_over, top_k_multiplier
 from common.settings import Head, Settings
@@ -30,7 +31,7 @@ MULTIPLIER_BINS = 20
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of B trajectories that one loss is taken over, a stretch of S of which `mask` counts."""
+    """The steps of B trajectories that one loss is taken over: S, of which those of `mask` count."""
 
     items: Tensor
     rewards: Tensor
@@ -38,21 +39,44 @@ class Steps:
     mask: Tensor
 
 
-def stretch(trajectories: Trajectories, first: Tensor, last: Tensor) -> tuple[slice, Steps]:
-    """The steps from `first` (B,) to before `last` (B,), and the least stretch of the windows that holds them all."""
+At = slice | Tensor
+"""Where steps stand in their windows: the same stretch in all of them, or (B, S) indices."""
+
+
+def steps_between(
+    trajectories: Trajectories, first: Tensor, last: Tensor, item_slice: ItemSlice | None = None
+) -> tuple[At, Steps]:
+    """The steps from `first` (B,) to before `last` (B,): the least stretch of the windows that holds them all; of a
+    slice only those of its items, moved together, with the items' positions in it."""
     some = first < last
     start, stop = (int(first[some].min()), int(last.max())) if bool(some.any()) else (0, 0)
     at, place = slice(start, stop), torch.arange(start, stop)
     mask = (place >= first.unsqueeze(-1)) & (place < last.unsqueeze(-1))
-    t = trajectories
-    return at, Steps(t.items[:, at], t.rewards[:, at], t.returns[:, at], mask)
+    items, rewards, returns = trajectories.items[:, at], trajectories.rewards[:, at], trajectories.returns[:, at]
+    if item_slice is None:
+        return at, Steps(items, rewards, returns, mask)
+    items = item_slice.positions(items)
+    mask = mask & (items >= 0)
+    kept = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    columns = (items.clamp(min=0), rewards, returns, mask)
+    return start + kept, Steps(*(values.gather(1, kept) for values in columns))
+
+
+def states_at(states: Tensor, at: At) -> Tensor:
+    """(B, S, n) of (B, T, n)."""
+    if isinstance(at, slice):
+        return states[:, at]
+    return states.gather(1, at.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 @dataclass(frozen=True)
 class Loss:
+    """What B devices' losses are made of; `item_slice`: the items that the heads have rows for, None: all."""
+
     settings: Settings
     candidates: Candidates
     warm: bool
+    item_slice: ItemSlice | None = None
 
     def shared(
         self,
@@ -112,7 +136,7 @@ class Loss:
             log_beta if objective.needs_behaviour else None,
             log_start,
             baseline,
-            items_in(parameters),
+            self._items(parameters),
         )
         c = coefficients(objective, evidence, self.warm)
         policy_loss = -mean_over(c * policy.fit, steps.mask)
@@ -138,9 +162,12 @@ class Loss:
         rewards, returns = support.rewards, support.returns
         if self.settings.reward.source == "critic":
             rewards = returns = _Critic(parameters, conditioned, support, tape).own
-        evidence = Evidence(rewards, returns, support.mask, log_pi, log_beta, None, None, items_in(parameters))
+        evidence = Evidence(rewards, returns, support.mask, log_pi, log_beta, None, None, self._items(parameters))
         c = coefficients(self.settings.objective, evidence, self.warm)
         return -mean_over(c * policy.fit, support.mask), mean_over(c, support.mask)
+
+    def _items(self, parameters: Parameters) -> int:
+        return items_in(parameters) if self.item_slice is None else self.item_slice.items
 
     def _expected(self, policy: ItemLikelihood, slate_size: int, critic: "_Critic") -> Tensor:
         """(B, S) what a slate drawn from the policy brings, as the critic has it."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from client.local_loss import Loss, Steps, stretch
+from client.local_loss import At, Loss, Steps, states_at, steps_between
 from common.ghost import Gradient, Tape
+from common.item_slice import ItemSlice
 from common.model import Parameters, group_of
 from common.recurrence import Recurrence
 from common.settings import GroupScale, Settings
@@ -57,6 +58,7 @@ def compute_update(
     users: Tensor,
     candidates: Candidates,
     warm: bool,
+    item_slice: ItemSlice | None = None,
 ) -> LocalUpdate:
     """Steps 1 to 3 for B devices.
 
@@ -66,15 +68,16 @@ def compute_update(
         users: (B, w) the devices' embeddings.
         candidates: what the round's softmax is normalised over.
         warm: whether the warm-up rounds are over.
+        item_slice: the items that the heads have rows for; steps with other items are in no loss. None: all.
     """
-    loss = Loss(settings, candidates, warm)
+    loss = Loss(settings, candidates, warm, item_slice)
     recording = Recurrence(settings.model).record(parameters, trajectories.items, trajectories.rewards)
     users = _adapt(loss, parameters, recording.states, trajectories, users)
     if settings.training.local_steps > 1:
         return _several_steps(loss, parameters, trajectories, users)
     tape, states = Tape(), recording.states.requires_grad_()
-    at, steps = _newer(trajectories)
-    per_user, _, metrics = loss.shared(parameters, states[:, at], steps, users, tape)
+    at, steps = _newer(loss, trajectories)
+    per_user, _, metrics = loss.shared(parameters, states_at(states, at), steps, users, tape)
     outputs = [output for use in tape.uses for output in use.outputs]
     wanted, *deltas = torch.autograd.grad(per_user.sum(), [states, *outputs], allow_unused=True, materialize_grads=True)
     rest = iter(deltas)
@@ -92,14 +95,15 @@ def losses_of(
     users: Tensor,
     candidates: Candidates,
     warm: bool,
+    item_slice: ItemSlice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B,) the losses whose gradients :func:`compute_update` takes, differentiable by the parameters, and (B, w) the
     adapted embeddings: for training that is not federated. Arguments as there."""
-    loss = Loss(settings, candidates, warm)
+    loss = Loss(settings, candidates, warm, item_slice)
     states = Recurrence(settings.model).run(parameters, trajectories.items, trajectories.rewards)
     users = _adapt(loss, parameters, states.detach(), trajectories, users)
-    at, steps = _newer(trajectories)
-    per_user, _, _ = loss.shared(parameters, states[:, at], steps, users, None)
+    at, steps = _newer(loss, trajectories)
+    per_user, _, _ = loss.shared(parameters, states_at(states, at), steps, users, None)
     return per_user, users
 
 
@@ -115,9 +119,9 @@ def adapt_users(
     return _adapt(Loss(settings, None, warm=True), parameters, states, everything, users)
 
 
-def _newer(trajectories: Trajectories) -> tuple[slice, Steps]:
+def _newer(loss: Loss, trajectories: Trajectories) -> tuple[At, Steps]:
     """Where the newer parts of the windows stand, and their steps."""
-    return stretch(trajectories, trajectories.support, trajectories.lengths)
+    return steps_between(trajectories, trajectories.support, trajectories.lengths, loss.item_slice)
 
 
 def _adapt(loss: Loss, parameters: Parameters, states: Tensor, trajectories: Trajectories, users: Tensor) -> Tensor:
@@ -126,12 +130,14 @@ def _adapt(loss: Loss, parameters: Parameters, states: Tensor, trajectories: Tra
     The loss is divided by the mean coefficient, so that one learning rate suits every estimator.
     """
     training = loss.settings.training
-    at, support = stretch(trajectories, torch.zeros_like(trajectories.support), trajectories.support)
+    first = torch.zeros_like(trajectories.support)
+    at, support = steps_between(trajectories, first, trajectories.support, loss.item_slice)
     if not support.mask.shape[1]:
         return users
+    states = states_at(states, at)
     for _ in range(training.user_steps):
         leaf = users.detach().requires_grad_()
-        per_user, coefficient = loss.own(parameters, states[:, at], support, leaf)
+        per_user, coefficient = loss.own(parameters, states, support, leaf)
         scale = coefficient.clamp(min=_SMALLEST_COEFFICIENT)
         (gradient,) = torch.autograd.grad((per_user / scale).sum(), leaf)
         stepped = users - training.user_learning_rate * (gradient + training.user_weight_decay * users)
@@ -143,19 +149,21 @@ def _adapt(loss: Loss, parameters: Parameters, states: Tensor, trajectories: Tra
 def _several_steps(loss: Loss, parameters: Parameters, trajectories: Trajectories, users: Tensor) -> LocalUpdate:
     """Local gradient descent on a copy of the shared parameters per device, all devices of the block at once."""
     training, recurrence = loss.settings.training, Recurrence(loss.settings.model)
-    at, query = _newer(trajectories)
+    at, query = _newer(loss, trajectories)
+    if isinstance(at, slice):
+        at = torch.arange(at.start, at.stop).expand(len(users), -1)
 
     def loss_of_one(
         own: Parameters, log_start: Tensor | None, *device: Tensor
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        items, rewards, user, *steps = (value.unsqueeze(0) for value in device)
+        items, rewards, index, user, *steps = (value.unsqueeze(0) for value in device)
         states = recurrence.run(own, items, rewards)
         start = None if log_start is None else log_start.unsqueeze(0)
-        per_user, log_pi, metrics = loss.shared(own, states[:, at], Steps(*steps), user, None, start)
+        per_user, log_pi, metrics = loss.shared(own, states_at(states, index), Steps(*steps), user, None, start)
         return per_user.sum(), (log_pi.squeeze(0), metrics)
 
     steps = (query.items, query.rewards, query.returns, query.mask)
-    arguments = (trajectories.items, trajectories.rewards, users, *steps)
+    arguments = (trajectories.items, trajectories.rewards, at, users, *steps)
     own = {name: value.expand(len(users), *value.shape) for name, value in parameters.items()}
     path = {name: torch.zeros(len(users), *value.shape) for name, value in parameters.items()}
     log_start: Tensor | None = None

@@ -114,7 +114,10 @@ def received(store: "DeviceStore") -> Received:
     invitation = invitation_of(store)
     model = store.load_model()
     if model is None:
-        raise RunError("Expected this device to have received a model: it gets one when it takes part in a round.")
+        raise RunError(
+            "Expected this device to have received a model: it gets one when it takes part in a "
+            "round, or, where rounds show slices of the items, when the run ends."
+        )
     catalogue = invitation.catalogue
     settings, run_id, round_, signature = _described(model.metadata)
     edition = Edition(run_digest(settings, run_id), round_, catalogue.digest)

@@ -6,7 +6,7 @@ holds. Shapes: B users, T steps, A items, m input width, n state width, w user w
 =======================  =============  =============================================================
 parameter                shape          use
 =======================  =============  =============================================================
-``items.embedding``      (A, m)         input embedding u_a; absent, as the cell, with `model.cell` = none
+``items.embedding``      (R, m)         input embedding u_a; absent, as the cell, with `model.cell` = none
 ``cell.gates``           (2n, x+1+n)    the two gates, on [x, 1, state]
 ``cell.candidate``       (n, x)         CFN: the candidate, on x
 ..                       (n, x+1+n)     GRU: the candidate, on [x, 1, reset ⊙ state]
@@ -19,7 +19,8 @@ parameter                shape          use
 
 The cell reads x = [u_a, ρ u_a, ρ] with ρ = reward/5, 2m+1 numbers: a liked and a disliked item of the same kind must be
 able to move the state in opposite directions, which no sum of u_a and ρ can. Without `model.ratings` it reads x = u_a,
-m numbers. Of the last four those are present that the objective needs (:attr:`common.settings.Settings.heads`).
+m numbers. R is A, or `model.input_rows`, which items then share (:func:`input_rows`). Of the last four those are
+present that the objective needs (:attr:`common.settings.Settings.heads`).
 
 The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
 moves does not have to replay its history, and one new interaction advances the state in O(1).
@@ -57,7 +58,7 @@ def shapes(settings: Settings, items: int) -> dict[str, tuple[int, int]]:
     if model.cell != "none":
         candidate = x if model.cell == "cfn" else x + 1 + n
         recurrent = {
-            "items.embedding": (items, model.input_width),
+            "items.embedding": (model.input_rows or items, model.input_width),
             "cell.gates": (2 * n, x + 1 + n),
             "cell.candidate": (n, candidate),
         }
@@ -67,6 +68,22 @@ def shapes(settings: Settings, items: int) -> dict[str, tuple[int, int]]:
 
 def _inputs(model: ModelSettings) -> int:
     return 2 * model.input_width + 1 if model.ratings else model.input_width
+
+
+def input_rows(model: ModelSettings, items: Tensor) -> Tensor:
+    """The rows of the input table that stand for catalogue indices, of the same shape.
+
+    A fixed public hash: each R items in a row of the catalogue, by falling frequency, have R different rows, so that
+    the R most frequent items do not collide with each other; the next R are shifted by Fibonacci hashing (Knuth, The
+    Art of Computer Programming, 6.4) of how many such turns came before.
+    """
+    if not model.input_rows:
+        return items
+    turn = items // model.input_rows
+    return (items + (turn * _HASH_KEY >> 33)) % model.input_rows
+
+
+_HASH_KEY = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as a signed number
 
 
 KEEP_BIAS = 3.0

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from common.errors import ProtocolError
+from common.item_slice import ItemSlice, slice_of
 from common.model import HEADS, Parameters, check_parameters, items_in, shapes
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
 from common.secagg.terms import Terms
 from common.settings import Settings
-from common.softmax import Candidates, InBatch, draw_negatives, log_uniform, take_turns
+from common.softmax import Candidates, InBatch, draw_negatives, every_item, log_uniform, take_turns
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Offer:
         parameters: the shared parameters at the beginning of the round.
         encoding: how updates are clipped, rounded and noised.
         settings: of the run.
+        item_slice: the items that the heads have rows for; None: all.
     """
 
     round: int
@@ -35,6 +37,7 @@ class Offer:
     parameters: Parameters
     encoding: Encoding
     settings: Settings
+    item_slice: ItemSlice | None = None
 
     @property
     def warm(self) -> bool:
@@ -54,7 +57,7 @@ class Offer:
     @cached_property
     def candidates(self) -> Candidates:
         """What the round's softmax is normalised over."""
-        return candidates_of(self.settings, self.parameters, self.round)
+        return candidates_of(self.settings, self.parameters, self.round, self.item_slice)
 
     @cached_property
     def signs(self) -> np.ndarray:
@@ -72,27 +75,42 @@ class Offer:
 
 
 def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Settings, items: int) -> Offer:
-    """The offer that a device has agreed to, with the model that came for it.
+    """The offer that a device has agreed to, with the model that came for it; its slice of the items is the device's
+    own.
+
+    Args:
+        items: A, the size of the catalogue.
 
     Raises:
         ModelError: the arrays are not the parameters of such a model.
         ProtocolError: they are not those that the terms name.
     """
-    expected = shapes(settings, items)
+    item_slice = slice_of(settings, items, terms.round)
+    expected = shapes(settings, items if item_slice is None else len(item_slice.ids))
     ordered = {name: arrays[name] for name in expected if name in arrays} | dict(arrays)
     parameters = {name: torch.from_numpy(array.copy()) for name, array in ordered.items()}
     check_parameters(parameters, expected)
     dimension = sum(value.numel() for value in parameters.values())
     if terms.encoding.dimension != dimension:
         raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {dimension}.")
-    offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings)
+    offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings, item_slice)
     if offer.model != terms.model:
         raise ProtocolError("Expected the model to be the one that the round was agreed on.")
     return offer
 
 
-def candidates_of(settings: Settings, parameters: Parameters, round_: int) -> Candidates:
-    """What a round's softmax is normalised over: shared negatives, the device's own items, or all items."""
+def candidates_of(
+    settings: Settings, parameters: Parameters, round_: int, item_slice: ItemSlice | None = None
+) -> Candidates:
+    """What a round's softmax is normalised over: shared negatives, the device's own items, or all items; of a slice,
+    each item stands for several."""
+    drawn = _drawn(settings, parameters, round_)
+    if item_slice is None:
+        return drawn
+    return (every_item(items_in(parameters)) if drawn is None else drawn).expanded(item_slice.log_expansion)
+
+
+def _drawn(settings: Settings, parameters: Parameters, round_: int) -> Candidates:
     objective = settings.objective
     if objective.softmax == "full":
         return None

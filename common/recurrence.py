@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from common.ghost import Gradient, cut, products, scattered
-from common.model import Parameters
+from common.model import Parameters, input_rows
 from common.scan import CfnScan, GruScan, Scan, cfn_steps, gru_steps
 from common.settings import ModelSettings
 from common.trajectory import HIGHEST_REWARD
@@ -33,7 +33,7 @@ class Recurrence:
         state = rewards.new_zeros(len(items), self.model.state_width) if start is None else start
         if self.model.cell == "none":
             return state.unsqueeze(1).expand(-1, items.shape[1] + 1, -1)
-        inputs = self._inputs(embedding(items, parameters["items.embedding"]), rewards)
+        inputs = self._inputs(embedding(input_rows(self.model, items), parameters["items.embedding"]), rewards)
         steps = cfn_steps if self.model.cell == "cfn" else gru_steps
         return steps(inputs, parameters["cell.gates"], parameters["cell.candidate"], state)
 
@@ -42,10 +42,11 @@ class Recurrence:
         """The states from the beginning of the histories, with what it takes to differentiate them per device."""
         if self.model.cell == "none":
             return Recording(self.model, items, rewards, self.run(parameters, items, rewards), None)
-        inputs = self._inputs(embedding(items.T, parameters["items.embedding"]), rewards.T)
+        rows = input_rows(self.model, items)
+        inputs = self._inputs(embedding(rows.T, parameters["items.embedding"]), rewards.T)
         kind = CfnScan if self.model.cell == "cfn" else GruScan
         scan: Scan = kind(inputs, parameters["cell.gates"], parameters["cell.candidate"])
-        return Recording(self.model, items, rewards, scan.states.transpose(0, 1), scan)
+        return Recording(self.model, rows, rewards, scan.states.transpose(0, 1), scan)
 
     def _inputs(self, embedded: Tensor, rewards: Tensor) -> Tensor:
         """(…, x) what the cell reads of embeddings (…, m) and rewards (…)."""
@@ -60,11 +61,12 @@ class Recording:
     """What :meth:`Recurrence.record` saw.
 
     Attributes:
+        rows: (B, T) of the input table.
         states: (B, T+1, n), without a graph.
     """
 
     model: ModelSettings
-    items: Tensor
+    rows: Tensor
     rewards: Tensor
     states: Tensor
     scan: Scan | None
@@ -75,7 +77,7 @@ class Recording:
         if self.scan is None:
             return []
         by_input, uses = self.scan.backward(wanted.transpose(0, 1))
-        looked_up = scattered(self._by_embedding(by_input).transpose(0, 1), self.items)
+        looked_up = scattered(self._by_embedding(by_input).transpose(0, 1), self.rows)
         cell = [(name, products(cut(delta.transpose(0, 1)), inputs.transpose(0, 1))) for name, delta, inputs in uses]
         return [("items.embedding", looked_up), *cell]
 

@@ -76,6 +76,9 @@ class ModelSettings(_Section):
     cell: Literal["cfn", "gru", "none"] = "cfn"
     """`none` has no state: one policy for all but for the user embeddings."""
     input_width: int = Field(32, ge=1, le=4096)
+    input_rows: int = Field(0, ge=0, le=8192)
+    """Rows of the cell's table of items: 0: one each; else items share so many by a public hash, in which the most
+    frequent ones do not meet each other."""
     state_width: int = Field(64, ge=1, le=4096)
     user_width: int = Field(16, ge=1, le=4096)
     ratings: bool = True
@@ -130,6 +133,9 @@ class ObjectiveSettings(_Section):
     negatives_from: Literal["log-uniform", "uniform", "popularity", "in-batch"] = "log-uniform"
     """What they are drawn from: rank by frequency, all items in turns, the learned frequencies, or the device's own
     other items."""
+    slice_items: int = Field(0, ge=0)
+    """Items of the public slice that a round trains on, drawn anew each time; 0: all. The softmax is then over the
+    slice's items, or over negatives among them, and corrected to be over all."""
 
     @property
     def corrected(self) -> bool:
@@ -319,6 +325,13 @@ class Settings(_Section):
             raise ValueError(
                 f"Expected objective.discount={self.objective.discount:g} to be 0 with reward.source=critic: the "
                 "critic predicts rewards, not returns."
+            )
+        if self.objective.slice_items == 1:
+            raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
+        if self.objective.slice_items and self.model.cell != "none" and not self.model.input_rows:
+            raise ValueError(
+                f"Expected model.input_rows=0 > 0 with objective.slice_items={self.objective.slice_items}: the cell's "
+                "table of items would still be as large as the catalogue."
             )
         if self.training.local_steps == 1:
             idle = {"trust_region": "start", "reuse": "importance", "clip_ratio": self.objective.clip_ratio}

@@ -1,7 +1,7 @@
 """Models with the signature of their publisher, which devices pin: no device trains, keeps or serves another one.
 
-What is signed is the model's bytes with the run, the number of completed rounds and the catalogue that its rows belong
-to: no signed model passes for that of another run, of another round, or for other items.
+What is signed is the model's bytes with the run, the number of completed rounds and the items that its rows belong to:
+no signed model passes for that of another run, of another round, or for other items.
 Tests: ``tests/unit/test_signed_model.py``.
 """
 
@@ -25,12 +25,13 @@ class Edition:
     Attributes:
         run: 32 bytes, of which run (:func:`common.messages.run_digest`).
         round: completed rounds.
-        catalogue: 32 bytes, of the items (:attr:`common.catalogue.Catalogue.digest`).
+        rows: 32 bytes, of the items that its rows belong to: :attr:`common.catalogue.Catalogue.digest`, or that of a
+            slice of them (:func:`common.item_slice.rows_digest`).
     """
 
     run: bytes
     round: int
-    catalogue: bytes
+    rows: bytes
 
     def sign(self, key: Ed25519PrivateKey, content: bytes) -> bytes:
         """64 bytes, the publisher's signature of a model's bytes."""
@@ -40,9 +41,9 @@ class Edition:
         """Whether `publisher` (32 bytes) signed these bytes as this edition. Raises :class:`ProtocolError`."""
         if not verified(publisher, "model", *self._parts(content), signature):
             raise ProtocolError(
-                f"Expected the model of {self.round} rounds to be signed, for this run and this catalogue, by the "
+                f"Expected the model of {self.round} rounds to be signed, for this run and these items, by the "
                 "publisher that this device has pinned."
             )
 
     def _parts(self, content: bytes) -> tuple[bytes, ...]:
-        return numbers("IQ", VERSION, self.round), self.run, self.catalogue, hashlib.sha256(content).digest()
+        return numbers("IQ", VERSION, self.round), self.run, self.rows, hashlib.sha256(content).digest()

@@ -14,7 +14,7 @@ m drawn ones by logistic regression on f_j − log(m Q_j), so that the normalise
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ class Negatives:
     log_expected: Tensor
     contrast: bool = False
 
+    def expanded(self, log_factor: float) -> "Negatives":
+        """Of a sample of the items, in which each stands for exp(`log_factor`) others."""
+        return replace(self, log_weights=self.log_weights + log_factor, log_expected=self.log_expected - log_factor)
+
 
 @dataclass(frozen=True)
 class InBatch:
@@ -54,6 +58,10 @@ class InBatch:
     """
 
     log_q: Tensor
+
+    def expanded(self, log_factor: float) -> "InBatch":
+        """As :meth:`Negatives.expanded`."""
+        return InBatch(self.log_q - log_factor)
 
 
 Candidates = Negatives | InBatch | None
@@ -135,6 +143,11 @@ def take_turns(items: int, draws: int, round_: int, seed: int, contrast: bool = 
     }
     drawn = np.concatenate([permutations[turn][within[passes == turn]] for turn in permutations])
     return _negatives(drawn, np.full(items, 1 / items), contrast)
+
+
+def every_item(items: int) -> Negatives:
+    """All A items, each once: the full softmax, for items that are a sample themselves."""
+    return _negatives(np.arange(items), np.full(items, 1 / items), False)
 
 
 def _negatives(drawn: np.ndarray, probability: np.ndarray, contrast: bool) -> Negatives:

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from common.item_slice import cut, slice_of
 from common.model import initialise
 from common.privacy.budget import make_budget
 from common.settings import Settings
@@ -23,7 +24,7 @@ def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: C
     """
     generator = torch.Generator().manual_seed(settings.training.seed)
     parameters = initialise(settings, items, generator)
-    dimension = sum(value.numel() for value in parameters.values())
+    dimension = sum(value.numel() for value in cut(parameters, slice_of(settings, items, 1)).values())
     budget = make_budget(settings, cohort.devices, dimension)
     ledger = Ledger(
         store,

@@ -16,6 +16,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from common.errors import AggregationError, ProtocolError
+from common.item_slice import ItemSlice, rows_digest
 from common.messages import Action, advertisement_of, body_of, content_of, model_bytes
 from common.model import Parameters
 from common.offer import Offer
@@ -155,7 +156,7 @@ class SecureSum:
         aggregate = Aggregate(self._run, terms, roster, os.urandom(SEED_BYTES))
         device_at = [advertisement.device for advertisement in roster]
         position_of = {device: position for position, device in enumerate(device_at)}
-        model, signature = self._signed(offer.parameters, offer.round - 1)
+        model, signature = self._signed(offer.parameters, offer.round - 1, offer.item_slice)
 
         def stage(action: Action, positions: list[int], body: Body, take: Take) -> None:
             sent = {"model": model, "signature": signature} if action == "train.upload" else {}
@@ -184,16 +185,16 @@ class SecureSum:
 
     def deliver(self, parameters: Parameters, round_: int) -> None:
         """Send all devices that are there the model after so many rounds."""
-        model, signature = self._signed(parameters, round_)
+        model, signature = self._signed(parameters, round_, None)
         content = content_of(numbers("I", round_), model=model, signature=signature)
         contents = dict.fromkeys(sorted(self._nodes.online() - set(self._trust.revoked())), content)
         traffic = Traffic()
         answers = self._nodes.ask("query.model", contents, lambda device, reply: None, traffic, str(round_))
         self._record("delivered", round_, asked=len(contents), answers=answers, reasons=dict(traffic.reasons))
 
-    def _signed(self, parameters: Parameters, round_: int) -> tuple[bytes, bytes]:
+    def _signed(self, parameters: Parameters, round_: int, item_slice: ItemSlice | None) -> tuple[bytes, bytes]:
         model = model_bytes({name: value.numpy() for name, value in parameters.items()})
-        edition = Edition(self._run, round_, self._trust.catalogue)
+        edition = Edition(self._run, round_, rows_digest(self._trust.catalogue, item_slice))
         return model, edition.sign(self._trust.publisher, model)
 
     def _stage(

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from common.errors import AggregationError, BudgetExceeded, FedtopkError
-from common.model import Parameters, check_parameters, group_of, unflatten
+from common.item_slice import cut, scatter, slice_of
+from common.model import Parameters, check_parameters, group_of, items_in, unflatten
 from common.offer import Offer
 from common.privacy.budget import Budget
 from common.settings import Settings, TrainingSettings
@@ -160,7 +161,9 @@ class Training:
         for last in [False] * (ATTEMPTS - 1) + [True]:
             attempt = self.ledger.reserve(number)
             members = draw_roster(self.settings, number, self.cohort.devices)
-            offer = Offer(number, attempt, self.current(), self.budget.encoding, self.settings)
+            item_slice = slice_of(self.settings, items_in(self.current()), number)
+            sliced = cut(self.current(), item_slice)
+            offer = Offer(number, attempt, sliced, self.budget.encoding, self.settings, item_slice)
             if len(members):
                 self.ledger.uploaded(number, attempt)
             try:
@@ -171,7 +174,7 @@ class Training:
                     raise
                 continue
             break
-        self._step(cohort_sum)
+        self._step(cohort_sum, offer)
         self._round = number
         self._client_updates += cohort_sum.survivors
         self._dropouts += cohort_sum.roster - cohort_sum.survivors
@@ -182,16 +185,19 @@ class Training:
         self.events.record("round", number, attempt=attempt, members=len(members), survivors=cohort_sum.survivors)
         return len(members), cohort_sum
 
-    def _step(self, cohort_sum: CohortSum) -> None:
+    def _step(self, cohort_sum: CohortSum, offer: Offer) -> None:
         """One step along the mean over the *expected* cohort: dividing by who answered would not be private.
+
+        The rows of items outside of the round's slice have a gradient of 0 in it, and the optimiser steps with that
+        (docs/decisions/item-slices.md).
 
         Raises :class:`AggregationError`, with the model as it was, if the step leads out of the finite numbers.
         """
         before = {name: value.detach().clone() for name, value in self._model.items()}
         expected = self.settings.training.cohort_rate * self.cohort.devices
         mean = torch.from_numpy(cohort_sum.total / expected).float()
-        shapes = {name: (value.shape[0], value.shape[1]) for name, value in self._model.items()}
-        for name, gradient in unflatten(mean, shapes).items():
+        shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
+        for name, gradient in scatter(unflatten(mean, shapes), offer.item_slice, self._model).items():
             self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.settings.training, self._round)

@@ -133,7 +133,9 @@ def fixed_point_scale(clip_norm: float) -> float:
 def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray) -> Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
     clip = offer.settings.privacy.clip_norm
-    update = compute_update(offer.settings, offer.parameters, windows, users, offer.candidates, offer.warm)
+    update = compute_update(
+        offer.settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice
+    )
     norms = update.gradients.norms()
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")

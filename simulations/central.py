@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from client.local_update import losses_of
+from common.item_slice import cut, slice_of
 from common.model import check_parameters, initialise, shapes
 from common.offer import candidates_of
 from common.settings import Settings
@@ -45,9 +46,11 @@ def train_centrally(
     batches = _shuffled(len(population), batch or round(training.cohort_rate * len(population)), training.seed)
     for step in range(1, 1 + (training.rounds if steps is None else steps)):
         devices = next(batches)
-        candidates, warm = candidates_of(settings, dict(model), step), step > settings.objective.warmup_rounds
+        item_slice, warm = slice_of(settings, items, step), step > settings.objective.warmup_rounds
+        sliced = cut(model, item_slice)
+        candidates = candidates_of(settings, sliced, step, item_slice)
         windows, users = population.windows(step, devices), population.users[devices]
-        losses, users = losses_of(settings, dict(model), windows, users, candidates, warm)
+        losses, users = losses_of(settings, sliced, windows, users, candidates, warm, item_slice)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step - 1)
         optimizer.zero_grad()

@@ -23,7 +23,11 @@ class Scorer(Protocol):
         ...
 
 
-def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int = 256) -> dict[str, Any]:
+_BLOCK, _BLOCK_SCORES = 256, 2**22
+"""Most users scored at once, and most scores: a few copies of them are held, 8 bytes each."""
+
+
+def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int | None = None) -> dict[str, Any]:
     """Rank every held-out item against all items that its user has not seen.
 
     Args:
@@ -31,7 +35,7 @@ def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int 
         split: the population.
         kind: which targets.
         seed: of tie-breaking and bootstrap; the same seed gives the same result, whatever the block.
-        block: users scored at once; memory is a few times block · A numbers.
+        block: users scored at once; memory is a few times block · A numbers. None: as many as fit in some 200 MB.
 
     Returns:
         ``{"users", "hr@10", "hr@10_ci95", "ndcg@10", "ndcg@10_ci95", "coverage@10"}``.
@@ -40,6 +44,7 @@ def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int 
         ModelError: a score is not finite.
     """
     histories, targets = split.history(kind), split.targets(kind)
+    block = block or min(max(_BLOCK_SCORES // len(histories.catalogue), 1), _BLOCK)
     ties = torch.Generator().manual_seed(seed)
     ranks, recommended = [], []
     for start in range(0, len(targets.users), block):

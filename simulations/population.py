@@ -1,4 +1,8 @@
-"""A simulated population: the histories and private states of all devices, in flat arrays."""
+"""A simulated population: the histories and private states of all devices, in flat arrays.
+
+Nothing is done for all devices in a round: a window's rewards and returns are computed when it is read, so that the
+arrays of the histories may as well be memory-mapped.
+"""
 
 import numpy as np
 import torch
@@ -21,12 +25,7 @@ class Population:
     def __init__(self, settings: Settings, histories: Interactions) -> None:
         self._settings = settings
         self._lengths = histories.lengths()
-        self._offsets = histories.offsets
-        self._items = histories.items
-        self._rewards = rewards_of(histories.ratings, settings.data.rating_range)
-        self._returns = self._rewards.copy()
-        for own in histories.slices():
-            self._returns[own] = returns_of(self._rewards[own], settings.objective.discount)
+        self._histories = histories
         self.users = torch.zeros(histories.users, settings.model.user_width)
 
     def __len__(self) -> int:
@@ -47,14 +46,15 @@ class Population:
         return np.asarray(np.minimum(self._lengths[devices], self._settings.training.window))
 
     def windows(self, round_: int, devices: np.ndarray) -> Trajectories:
-        """The devices' windows of one round, a batch of B."""
-        training = self._settings.training
-        starts = window_starts(training.seed, round_, devices, self._lengths[devices], training.window)
-        return pad(
-            self._items,
-            self._rewards,
-            self._returns,
-            self._offsets[devices] + starts,
-            self.window_lengths(devices),
-            training.support_fraction,
-        )
+        """The devices' windows of one round, a batch of B: work and memory for those, however many there are."""
+        training, discount = self._settings.training, self._settings.objective.discount
+        lengths, steps = self._lengths[devices], self.window_lengths(devices)
+        starts = window_starts(training.seed, round_, devices, lengths, training.window)
+        read = lengths - starts if discount else steps  # a return looks ahead to the end of the history
+        begins = np.cumsum(read) - read
+        at = np.repeat(self._histories.offsets[devices] + starts - begins, read) + np.arange(read.sum())
+        rewards = returns = rewards_of(self._histories.ratings[at], self._settings.data.rating_range)
+        if discount:
+            own = np.split(rewards, begins[1:])
+            returns = np.concatenate([returns_of(values, discount) for values in own])
+        return pad(self._histories.items[at], rewards, returns, begins, steps, training.support_fraction)

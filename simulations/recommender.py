@@ -11,7 +11,8 @@ from common.settings import Head, Settings
 from common.trajectory import pad, rewards_of
 from simulations.datasets.interactions import Interactions
 
-_BLOCK = 32
+_BLOCK, _BLOCK_LOGITS = 32, 2**24
+"""Most users adapted at once, and most logits of all their steps, of which a few copies are held."""
 
 
 class PolicyScorer:
@@ -34,8 +35,10 @@ class PolicyScorer:
         lengths = histories.offsets[users + 1] - histories.offsets[users]
         result = torch.empty(len(users), len(histories.catalogue))
         by_length = np.argsort(lengths, kind="stable")
-        for start in range(0, len(users), _BLOCK):
-            block = by_length[start : start + _BLOCK]
+        logits = self._settings.training.window * len(self._weight)  # of one user
+        size = min(max(_BLOCK_LOGITS // logits, 1), _BLOCK)
+        for start in range(0, len(users), size):
+            block = by_length[start : start + size]
             result[torch.from_numpy(block)] = self._block(histories, users[block])
         return result
 

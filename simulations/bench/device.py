@@ -203,7 +203,7 @@ class _Device:
                 offer = read_offer(agreed, read_arrays(model.content), self.settings, len(device.catalogue))
                 with meter("input"):
                     window, candidates = device.window(offer.round), offer.candidates
-                work = (offer.parameters, window, user, candidates, offer.warm)
+                work = (offer.parameters, window, user, candidates, offer.warm, offer.item_slice)
                 with meter("update"):
                     update = compute_update(self.settings, *work)
                 with meter("still"):

@@ -33,6 +33,8 @@ _SECONDS: dict[Engine, float] = {"fedtopk": 3.0, "plain": 6.0, "flower": 0.0}
 
 _GROWTH: dict[str, Sequence[float]] = {"devices": (0.1, 10), "cohort": (0.025, 0.25, 5), "items": (10,), "steps": (4,)}
 """Factors of each size, the others being as they are."""
+_SLICED_CATALOGUE = 20
+"""Times as many items, of which a round's slice are as many as there are in the workload."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Job:
             "cohort": workload.cohort,
             "items": workload.items,
             "steps": workload.steps,
+            "slice": workload.slice_items,
+            "parameters": workload.dimension,
             "updates_per_second": round(middle, 1),
             "spread": round((max(measured.runs) - min(measured.runs)) / middle, 3),
             "peak_rss_mib": round(measured.peak_rss_mib, 1),
@@ -93,6 +97,8 @@ def grown(workload: Workload, workers: int, runs: int, *, quick: bool = False) -
     for size, factors in _GROWTH.items():
         for factor in factors:
             jobs.append(Job("fedtopk", workload.scaled(size, factor), effort))
+    sliced = replace(workload.scaled("items", _SLICED_CATALOGUE), slice_items=workload.items)
+    jobs.append(Job("fedtopk", sliced, effort))
     return jobs + [Job("fedtopk", workload, replace(effort, workers=1))] * (workers > 1)
 
 
@@ -148,6 +154,8 @@ def results_table(results: dict[str, Any]) -> Table:
         "cohort": "cohort",
         "items": "items",
         "steps": "steps",
+        "slice": "slice",
+        "parameters": "parameters",
         "updates_per_second": "updates/s",
         "spread": "spread",
         "peak_rss_mib": "peak MiB",

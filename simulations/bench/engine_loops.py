@@ -120,7 +120,7 @@ def clipped_gradient(
     """
     for value in model.values():
         value.grad = None
-    loss, user = losses_of(offer.settings, dict(model), window, user, offer.candidates, offer.warm)
+    loss, user = losses_of(offer.settings, dict(model), window, user, offer.candidates, offer.warm, offer.item_slice)
     loss.sum().backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.values(), offer.settings.privacy.clip_norm)
     return {name: value.grad for name, value in model.items() if value.grad is not None}, user
@@ -168,10 +168,9 @@ class _PlainLoop:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         self._population = workload.population()
-        self._parameters = workload.parameters()
-        self._model = {name: torch.nn.Parameter(value) for name, value in self._parameters.items()}
-        self._sum = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
-        self._offer = workload.offer(1, self._parameters)
+        self._offer = workload.offer(1, workload.parameters())
+        self._model = {name: torch.nn.Parameter(value) for name, value in self._offer.parameters.items()}
+        self._sum = {name: torch.zeros_like(value) for name, value in self._offer.parameters.items()}
         self._next = 0
 
     def step(self) -> int:

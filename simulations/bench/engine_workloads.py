@@ -20,7 +20,8 @@ import torch
 
 from common.catalogue import Catalogue
 from common.errors import SettingsError
-from common.model import Parameters, initialise
+from common.item_slice import cut, slice_of
+from common.model import Parameters, initialise, shapes
 from common.offer import Offer
 from common.privacy.encoding import Encoding
 from common.settings import Settings, parse_flat
@@ -31,6 +32,7 @@ Name = Literal["reference", "full"]
 Softmax = Literal["full", "sampled"]
 
 _NEGATIVES = 256
+_MOST_INPUT_ROWS = 8192
 _SEED = 0
 _ITEMS, _RATINGS, _MEMBERS = 1, 2, 3  # set generators apart
 _NOISE_MULTIPLIER = 1.0
@@ -56,6 +58,7 @@ class Workload:
         cohort: how many take part in a round.
         items: A, size of the catalogue.
         steps: T, interactions of each device.
+        slice_items: S, items of a round's slice; 0: all of them.
     """
 
     name: Name
@@ -64,6 +67,7 @@ class Workload:
     cohort: int
     items: int
     steps: int
+    slice_items: int = 0
 
     def __post_init__(self) -> None:
         if self.cohort > self.devices:
@@ -78,7 +82,8 @@ class Workload:
         """With another number of `devices`, say; a cohort is never larger than the population."""
         sizes = {name: getattr(self, name) for name in ("devices", "cohort", "items", "steps")}
         sizes[size] = max(1, round(sizes[size] * factor))
-        return type(self)(self.name, self.softmax, **sizes | {"cohort": min(sizes["cohort"], sizes["devices"])})
+        sizes["cohort"] = min(sizes["cohort"], sizes["devices"])
+        return replace(self, **sizes)
 
     @cached_property
     def settings(self) -> Settings:
@@ -88,6 +93,8 @@ class Workload:
             "model.state_width": 64,
             "objective.softmax": self.softmax,
             "objective.negatives": _NEGATIVES,
+            "objective.slice_items": self.slice_items,
+            "model.input_rows": min(self.slice_items, _MOST_INPUT_ROWS),
             "training.window": self.steps,
             "privacy.clip_norm": 1.0,
         }
@@ -102,10 +109,18 @@ class Workload:
         if silent:
             privacy = settings.privacy.model_copy(update={"mechanism": "none"})
             settings = settings.model_copy(update={"privacy": privacy})
-        dimension = sum(value.numel() for value in parameters.values())
+        item_slice = slice_of(settings, self.items, round_)
+        sliced = cut(parameters, item_slice)
+        dimension = sum(value.numel() for value in sliced.values())
         noise = _NOISE_MULTIPLIER if settings.private else 0.0
         encoding = Encoding.choose(dimension, settings.privacy.clip_norm, noise, self.cohort, 1.0, central=True)
-        return Offer(round_, 1, parameters, encoding, settings)
+        return Offer(round_, 1, sliced, encoding, settings, item_slice)
+
+    @cached_property
+    def dimension(self) -> int:
+        """Numbers that a device is sent in a round, and numbers of its update."""
+        rows = self.slice_items or self.items
+        return sum(height * width for height, width in shapes(self.settings, rows).values())
 
     def members(self, round_: int) -> np.ndarray:
         """(cohort,) devices that take part in a round, ascending."""

@@ -11,6 +11,8 @@ users of a population of 100. Items are therefore ordered by how often the loggi
 by their count in one population.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,13 +96,16 @@ def synthetic(
     order = np.argsort(-(popularity + _PREFERENCE_IN_LOG * appeal), kind="stable")
     popularity, appeal, characters = popularity[order], appeal[order], characters[order]
 
-    blocks = []
-    for number, first in enumerate(range(0, users, _BLOCK)):
+    def made(number: int) -> _Block:
         generator = np.random.default_rng([seed, _USERS, number])
         tastes = generator.standard_normal((_BLOCK, WIDTH), np.float32)
         scores = Preferences(tastes, characters, appeal).scores(slice(None))
         block = _histories(generator, tastes, scores, popularity, lowest, highest)
-        blocks.append(_Block(*(column[: users - first] for column in block)))
+        return _Block(*(column[: users - number * _BLOCK] for column in block))
+
+    # numpy gives its lock back while it computes, and a block depends on nothing but its number.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        blocks = list(threads.map(made, range(-(-users // _BLOCK))))
 
     lengths = np.concatenate([block.lengths for block in blocks])
     ids = np.arange(items).astype(np.str_)

@@ -25,6 +25,8 @@ ROW = {
     "cohort",
     "items",
     "steps",
+    "slice",
+    "parameters",
     "updates_per_second",
     "spread",
     "peak_rss_mib",
@@ -123,6 +125,7 @@ def test_which_rows_there_are() -> None:
         (10_000, 10_000, 5000, 50, 2),
         (10_000, 2000, 50_000, 50, 2),
         (10_000, 2000, 5000, 200, 2),
+        (10_000, 2000, 100_000, 50, 2),
         (10_000, 2000, 5000, 50, 1),
     ]
 

@@ -14,6 +14,7 @@ from running import TINY
 from client.coins import Coins
 from client.device import participate
 from common.errors import AggregationError
+from common.item_slice import cut, slice_of
 from common.messages import run_digest
 from common.model import initialise
 from common.offer import Offer
@@ -51,10 +52,11 @@ SETTINGS = settings_with()
 
 def offer_of(settings: Settings = SETTINGS, round_: int = 3, attempt: int = 1) -> Offer:
     items = len(load(settings.data, seed=settings.training.seed).catalogue)
-    parameters = initialise(settings, items, torch.Generator().manual_seed(1))
+    item_slice = slice_of(settings, items, round_)
+    parameters = cut(initialise(settings, items, torch.Generator().manual_seed(1)), item_slice)
     dimension = sum(value.numel() for value in parameters.values())
     encoding = Encoding.choose(dimension, 1.0, 1.0, cohort=N, honest=0.7, bits=settings.aggregation.bits)
-    return Offer(round_, attempt, parameters, encoding, settings)
+    return Offer(round_, attempt, parameters, encoding, settings, item_slice)
 
 
 def trust_of(settings: Settings) -> Trust:
@@ -138,10 +140,13 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
     assert released > 50
 
 
+SLICED = {"objective__slice_items": 20, "model__input_rows": 16}
+
+
 @pytest.mark.parametrize(
-    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}]
+    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED]
 )
-def test_other_widths_and_the_hybrid_channel(change: dict[str, object], population: Population) -> None:
+def test_other_widths_the_hybrid_channel_and_slices(change: dict[str, object], population: Population) -> None:
     settings = settings_with(**change)
     offer = offer_of(settings)
     cohort, _, _ = secure(lambda kind, node: (kind, node) == ("train.upload", 4), settings)

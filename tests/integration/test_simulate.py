@@ -5,12 +5,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from running import TINY, fedtopk, simulate
 from safetensors.torch import load_file
 
-from common.model import shapes
+from common.item_slice import slice_of
+from common.model import initialise, shapes
 from common.settings import load_settings
 from server.events import EventReader
+from server.run_folder import RunFolder
 from server.store import open_store_read_only
 
 
@@ -124,3 +127,19 @@ def test_training_lowers_the_loss_it_is_told_to_lower(tmp_path: Path, estimator:
     with open_store_read_only(tmp_path / "run") as store:
         losses = [event.fields["policy_loss"] for event in EventReader(store).read(kinds=["simulation"])]
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("kind", ["central", "plain"])
+def test_a_round_on_a_slice_moves_its_items_alone(tmp_path: Path, kind: str) -> None:
+    """The update is that of a model of the slice's size; by plain descent the rows of other items stay."""
+    sliced = {"objective__slice_items": 20, "model__input_rows": 16, "privacy__mechanism": "none"}
+    report = simulate(tmp_path / "run", **sliced, aggregation__kind=kind, training__optimizer="sgd", training__rounds=1)
+    folder = RunFolder(tmp_path / "run")
+    settings, trained = folder.settings(), folder.load_model()
+    start = initialise(settings, 60, torch.Generator().manual_seed(settings.training.seed))
+    item_slice = slice_of(settings, 60, 1)
+    assert item_slice is not None and len(trained["policy.embedding"]) == 60
+    for name in ("policy.embedding", "behaviour.embedding"):
+        moved = (trained[name] != start[name]).any(1).nonzero().flatten()
+        assert set(moved.tolist()) <= set(item_slice.ids.tolist()) and len(moved) > 10
+    assert report["evaluation"]["users"] == 40

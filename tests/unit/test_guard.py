@@ -28,6 +28,7 @@ from common.catalogue import Catalogue
 from common.enrolment import Enrolment, Request, Revocations
 from common.errors import DataError, ProtocolError, RunError, SettingsError
 from common.invitation import Invitation
+from common.item_slice import cut, rows_digest, slice_of
 from common.messages import advertisement_of, body_of, content_of, model_bytes, run_digest
 from common.model import initialise
 from common.offer import Offer
@@ -79,7 +80,9 @@ class World:
         join(self.store, invitation(), self.policy)
         self.store.add_events([Event(f"item {at % 7}", 4.0, at) for at in range(20)])
         self.run = run_digest(self.settings, RUN_ID)
-        self.parameters = initialise(self.settings, len(CATALOGUE.ids), torch.Generator().manual_seed(1))
+        self.item_slice = slice_of(self.settings, len(CATALOGUE.ids), 3)
+        whole = initialise(self.settings, len(CATALOGUE.ids), torch.Generator().manual_seed(1))
+        self.parameters = cut(whole, self.item_slice)
         self.model = model_bytes({name: value.numpy() for name, value in self.parameters.items()})
 
     def ask(self, kind: str, content: RecordDict) -> Message:
@@ -96,7 +99,7 @@ class World:
     def offer(self) -> Terms:
         dimension = sum(value.numel() for value in self.parameters.values())
         encoding = replace(Encoding.choose(dimension, 1.0, 1.0, N, 0.8), **self.encoding)
-        model = Offer(3, 1, self.parameters, encoding, self.settings).model
+        model = Offer(3, 1, self.parameters, encoding, self.settings, self.item_slice).model
         values: dict[str, Any] = {"round": 3, "attempt": 1, "n": N, "corrupt": 0.1, "dropout": 0.1, "hybrid": False}
         return Terms(**values | {"encoding": encoding, "model": model} | self.terms)
 
@@ -123,9 +126,9 @@ class World:
                 self.aggregate.take_shares(device, shares)
         return refusal
 
-    def upload(self, *, round_: int = 2, publisher: Ed25519PrivateKey = PUBLISHER, catalogue: bytes = b"") -> str:
+    def upload(self, *, round_: int = 2, publisher: Ed25519PrivateKey = PUBLISHER, rows: bytes = b"") -> str:
         """Ask for the update, with a signed model; what the device refuses with."""
-        edition = Edition(self.run, round_, catalogue or CATALOGUE.digest)
+        edition = Edition(self.run, round_, rows or rows_digest(CATALOGUE.digest, self.item_slice))
         content = content_of(self.aggregate.inbox(OWN), model=self.model, signature=edition.sign(publisher, self.model))
         return self.refusal("train.upload", content)
 
@@ -224,7 +227,7 @@ def test_a_roster_with_a_revoked_device_is_refused(tmp_path: Path) -> None:
 MODELS: dict[str, dict[str, Any]] = {
     "of another publisher": {"publisher": key_of(2**190)},
     "of another round": {"round_": 1},
-    "of another catalogue": {"catalogue": bytes(32)},
+    "of another catalogue": {"rows": bytes(32)},
 }
 
 
@@ -235,6 +238,33 @@ def test_a_model_that_is_not_the_publishers_is_refused_before_anything_is_charge
     assert "by the publisher that this device has pinned" in world.upload(**MODELS[name])
     assert not world.store.charges() and world.store.load_model() is None
     assert world.upload() == ""
+
+
+SLICED = load_settings(None, [*TINY, "objective.slice_items=10", "model.input_rows=20"])
+
+
+@pytest.mark.parametrize("round_", [None, 2, 4])
+def test_a_slice_that_is_not_the_rounds_is_refused_before_anything_is_charged(
+    tmp_path: Path, round_: int | None
+) -> None:
+    """Its own slice of round 3 is all that a device trains on, whatever other rows are signed: those of all items, or
+    of the slice of another round."""
+    world = World(tmp_path, settings=SLICED)
+    assert world.share() == ""
+    other = None if round_ is None else slice_of(SLICED, len(CATALOGUE.ids), round_)
+    assert "for this run and these items" in world.upload(rows=rows_digest(CATALOGUE.digest, other))
+    assert not world.store.charges()
+    assert world.upload() == ""
+    assert len(world.store.charges()) == 1
+
+
+def test_the_model_of_a_slice_is_not_kept_to_recommend_with(tmp_path: Path) -> None:
+    world = World(tmp_path, settings=SLICED)
+    assert world.share() == "" and world.upload() == "" and world.store.load_model() is None
+    signature = Edition(world.run, 3, rows_digest(CATALOGUE.digest, world.item_slice)).sign(PUBLISHER, world.model)
+    delivered = content_of(numbers("I", 3), model=world.model, signature=signature)
+    assert "for this run and these items" in world.refusal("query.model", delivered)
+    assert world.store.load_model() is None
 
 
 def test_an_unsigned_model_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.local_update import compute_update
 from common.errors import SettingsError
+from common.item_slice import cut, slice_of
 from common.model import HEADS, Parameters, initialise, policy_weight, unflatten
 from common.model import shapes as shapes_of
 from common.objective import (
@@ -282,6 +283,8 @@ OPTIONS: list[dict[str, object]] = [
     {"objective.estimator": "direct"},
     {"objective.estimator": "likelihood", "objective.likelihood_weights": "inverse-propensity"},
     {"objective.trust_region": "behaviour", "objective.entropy_bonus": 0.1, "model.cell": "none"},
+    {"objective.slice_items": 20, "model.input_rows": 7, "objective.critic": "doubly-robust"},
+    {"objective.slice_items": 24, "model.input_rows": 40, "objective.negatives_from": "in-batch"},
 ]
 ITEMS = 30
 
@@ -294,9 +297,10 @@ def one_update(option: dict[str, object], local_steps: int) -> tuple[Tensor, Ten
     rng, lengths = np.random.default_rng(0), np.array([9, 0, 1, 30, 2])
     items, rewards = rng.integers(0, ITEMS, lengths.sum()), rng.uniform(-5, 5, lengths.sum()).astype(np.float32)
     windows = pad(items, rewards, rewards, np.cumsum(lengths) - lengths, lengths, 0.25)
-    parameters = initialise(settings, ITEMS, torch.Generator().manual_seed(0))
-    offer = Offer(1, 1, parameters, Encoding(1, 1.0, 1.0, 32, 1.0, 0.8), settings)
-    update = compute_update(settings, parameters, windows, torch.zeros(5, 2), offer.candidates, True)
+    item_slice = slice_of(settings, ITEMS, 1)
+    parameters = cut(initialise(settings, ITEMS, torch.Generator().manual_seed(0)), item_slice)
+    offer = Offer(1, 1, parameters, Encoding(1, 1.0, 1.0, 32, 1.0, 0.8), settings, item_slice)
+    update = compute_update(settings, parameters, windows, torch.zeros(5, 2), offer.candidates, True, item_slice)
     rows = torch.stack([update.gradients.weighted_sum(row) for row in torch.eye(5)])
     return rows / local_steps, update.gradients.norms() / local_steps
 
