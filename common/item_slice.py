@@ -59,7 +59,7 @@ class ItemSlice:
 
     def positions(self, items: Tensor) -> Tensor:
         """Where items of the catalogue stand in the slice, or −1; int64 of the same shape."""
-        at = torch.searchsorted(self.ids, items).clamp(max=len(self.ids) - 1)
+        at = torch.searchsorted(self.ids, items.contiguous()).clamp(max=len(self.ids) - 1)
         return torch.where(self.ids[at] == items, at, -1)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from client.local_update import LocalUpdate, compute_update
 from common.errors import ModelError, SettingsError
 from common.item_slice import ItemSlice, cut, rows_digest, scatter, slice_of
-from common.model import Parameters, Recurrence, flatten, initialise, input_rows, items_in, shapes, unflatten
+from common.model import Parameters, flatten, initialise, input_rows, items_in, shapes, unflatten
 from common.offer import Offer, candidates_of, read_offer
 from common.privacy.encoding import Encoding
+from common.recurrence import Recurrence
 from common.secagg.terms import Terms
 from common.settings import Settings, load_settings, parse_flat
 from common.softmax import Candidates, likelihood
