@@ -10,6 +10,7 @@
     DIR/invitation.json    all that a device has to know of the server
     DIR/enrolments/        what the authority wrote for each device (`fedtopk authority enrol --out`)
     DIR/revoked.json       the authority's list; read again before every round
+    DIR/ledger/            what all runs over these devices have spent of their privacy
 """
 
 import csv
@@ -34,7 +35,7 @@ from server.superlink import Tls
 from server.tls import CA, CERTIFICATE, KEY, make_tls
 
 SETTINGS, CATALOGUE, AUTHORITY, PUBLISHER = "settings.toml", "catalogue.csv", "authority.pub", "publisher.key"
-INVITATION, ENROLMENTS, REVOKED, TLS = "invitation.json", "enrolments", "revoked.json", "tls"
+INVITATION, ENROLMENTS, REVOKED, TLS, LEDGER = "invitation.json", "enrolments", "revoked.json", "tls", "ledger"
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,14 @@ def simulate(
     cluster: Annotated[
         str, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: its address, auto, or local.")
     ] = "",
+    ledger: Annotated[
+        Path | None,
+        typer.Option("--ledger", metavar="DIR", help="Ledger of the population's life: the budget is for all its runs."),
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
+    from server.population_ledger import open_population
     from server.run_folder import RunFolder
     from simulations.simulate import simulate as run
 
@@ -73,8 +78,15 @@ def simulate(
     folder = RunFolder(out)
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
-    with ExitStack() as bars:
-        report = run(folder, _watch(bars, "training", rounds), settings=settings, workers=workers, cluster=cluster)
+    with ExitStack() as stack, ExitStack() as bars:
+        report = run(
+            folder,
+            _watch(bars, "training", rounds),
+            settings=settings,
+            workers=workers,
+            cluster=cluster,
+            population_ledger=None if ledger is None else stack.enter_context(open_population(ledger)),
+        )
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
