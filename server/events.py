@@ -107,9 +107,9 @@ class Events(EventReader):
 def append(connection: Connection, time: float, kind: str, round: int | None = None, **fields: Any) -> None:
     """Append one event within a transaction, so that it stands together with what else is written there."""
     text = json.dumps(_plain(fields), allow_nan=False, ensure_ascii=False)
-    row = {"time": time, "kind": kind, "round": round, "fields": text}
-    head = following(_head(connection), **row)
-    connection.execute(insert(event_table).values(id=head.events, digest=head.digest, **row))
+    head = following(_head(connection), time, kind, round, text)
+    row = {"id": head.events, "time": time, "kind": kind, "round": round, "fields": text, "digest": head.digest}
+    connection.execute(insert(event_table).values(row))
 
 
 def following(head: Head, time: float, kind: str, round: int | None, fields: str) -> Head:

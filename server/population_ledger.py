@@ -17,6 +17,7 @@ what was spent, wherever a process dies (tests/unit/test_population_ledger.py).
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ class PopulationLedger:
         return sum((spending for name, spending in charges.items() if name != run), Spending())
 
     def charge(self, run: str, spending: Spending, delta: float, *, settled: bool) -> dict[str, Any]:
-        """Charge a run with this in place of what it was charged with; what all of them have spent at δ is returned."""
+        """Charge a run with this in place of what it was charged with.
+
+        Returns what all of them have spent at δ, and where this ledger ends now.
+        """
         total = (self.others(run) + spending).statement(delta)
         self._events.record(
             CHARGED,
@@ -61,7 +65,7 @@ class PopulationLedger:
             settled=settled,
             total=total,
         )
-        return total
+        return total | {"log": asdict(self._events.head)}
 
 
 def charges_of(events: list[Event]) -> dict[str, Spending]:

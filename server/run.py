@@ -69,7 +69,7 @@ def open_training(
 
 
 def settle(training: Training, population: PopulationLedger | None) -> dict[str, Any] | None:
-    """Charge the run with what it has spent, no longer with its most; what its population has spent, if it has a ledger."""
+    """Charge the run with what it has spent in place of its most. What its population has spent, if it has a ledger."""
     if population is None:
         return None
     spending = training.budget.spending(training.ledger.model_releases, training.ledger.attempts)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from common.catalogue import Catalogue
 from common.enrolment import Enrolment, Revocations
@@ -31,6 +31,7 @@ from common.errors import DataError, ProtocolError, RunError
 from common.invitation import Invitation
 from common.settings import Settings, load_settings
 from server.durable import make_folder, replacing
+from server.signing_key import read_signing_key
 from server.superlink import Tls
 from server.tls import CA, CERTIFICATE, KEY, make_tls
 
@@ -110,10 +111,7 @@ class Site:
 
     @property
     def publisher(self) -> Ed25519PrivateKey:
-        key = load_pem_private_key(self._text(PUBLISHER).encode(), None)
-        if not isinstance(key, Ed25519PrivateKey):
-            raise RunError(f"Expected {self.path / PUBLISHER} to be an Ed25519 key.")
-        return key
+        return read_signing_key(self.path / PUBLISHER)
 
     @cached_property
     def catalogue(self) -> Catalogue:

@@ -19,6 +19,7 @@ from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
 from server.cli import authority_app, server_app
 from simulations.bench.commands import bench_app
+from simulations.privacy_commands import figures_text, privacy_app
 
 if TYPE_CHECKING:
     from simulations.simulate import Watch
@@ -37,6 +38,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(authority_app, name="authority")
 app.add_typer(server_app, name="server")
 app.add_typer(device_app, name="device")
+app.add_typer(privacy_app, name="privacy")
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]
@@ -64,7 +66,9 @@ def simulate(
     ] = "",
     ledger: Annotated[
         Path | None,
-        typer.Option("--ledger", metavar="DIR", help="Ledger of the population's life: the budget is for all its runs."),
+        typer.Option(
+            "--ledger", metavar="DIR", help="Ledger of the population's life: the budget is for all its runs."
+        ),
     ] = None,
     format: FormatOption = "text",
 ) -> None:
@@ -386,13 +390,7 @@ def _report_text(report: dict[str, Any], out: Path) -> Any:
         f"{report['status']}: {report['rounds']} rounds, {report['devices']} devices, "
         f"{report['client_updates']} updates in {report['seconds']:.1f} s"
     ]
-    if "epsilon_model" in privacy:
-        lines.append(
-            f"ε_model {privacy['epsilon_model']:.2f} (who sees the models), ε_server {privacy['epsilon_server']:.1f} "
-            f"(the server, under secure aggregation), δ {privacy['delta']:.2g}, unit: user, noise: {privacy['noise']}"
-        )
-    else:
-        lines.append("No privacy: no noise was added.")
+    lines.append(figures_text(privacy) + (f"\nnoise: {privacy['noise']}" if "noise" in privacy else ""))
     parts: list[Any] = ["\n".join(lines)]
     if "evaluation" in report:
         parts.append(_evaluation_table(report["evaluation"]))

@@ -97,22 +97,20 @@ def epsilon_model(noise_multiplier: float, rate: float, releases: int, delta: fl
         return math.inf
     if all(q == 1 for _, q, _ in history):
         return _gaussian(1 / math.sqrt(sum(times / z**2 for z, _, times in history)), delta)
-    rough, exact = RDPAccountant(), PRVAccountant()
-    rough.history = exact.history = list(history)
+    bound = _rough_epsilon(history, delta)
+    if bound > _PRV_LARGEST:
+        return bound
+    exact = PRVAccountant()
+    exact.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of orders at the end of the range, and of overflow far out in the tails
-        bound = float(rough.get_epsilon(delta))
-        if bound > _PRV_LARGEST:
-            return bound
+        warnings.simplefilter("ignore")  # of overflow far out in the tails
         try:
             return max(0.0, float(exact.get_epsilon(delta, eps_error=PRV_ERROR)))
         except (RuntimeError, ValueError):  # what opacus raises where its numbers would be wrong
             return bound
 
 
-def epsilon_model_pld(
-    noise_multiplier: float, rate: float, releases: int, delta: float, spent: History = ()
-) -> float:
+def epsilon_model_pld(noise_multiplier: float, rate: float, releases: int, delta: float, spent: History = ()) -> float:
     """The cross-check of :func:`epsilon_model`: an upper bound by dp-accounting's privacy loss distributions.
 
     z > 0. From ε = 0.5 up it agrees with :func:`epsilon_model` to 0.02 wherever that one is by PRV; below, its own
@@ -125,9 +123,7 @@ def epsilon_model_pld(
 
 
 @lru_cache(maxsize=256)
-def noise_multiplier_for(
-    target_epsilon: float, rate: float, releases: int, delta: float, spent: History = ()
-) -> float:
+def noise_multiplier_for(target_epsilon: float, rate: float, releases: int, delta: float, spent: History = ()) -> float:
     """A z for which `releases` of an encoding with it have ε_model ≤ `target_epsilon` at δ; 0 for no release.
 
     Together with what other runs have `spent`.
@@ -145,19 +141,13 @@ def noise_multiplier_for(
     if releases == 0:
         return 0.0
     already = epsilon_model(1.0, 1.0, 0, delta, spent)
-    if already >= target_epsilon:
-        raise BudgetExceeded(
-            f"Expected other runs over this population to leave something of ε_model={target_epsilon:g} at "
-            f"δ={delta:.3g} (one user added or removed, for who sees every model): they spent {already:.4g}."
-        )
-    low = high = float(get_sigma_gaussian(target_epsilon, delta)) * math.sqrt(releases)  # enough without sampling
+    low = high = _rough_multiplier(target_epsilon, rate, releases, delta)
     while epsilon_model_pld(low, rate, releases, delta, spent) < target_epsilon:
-        low, high = low / 2, low
-    goal = target_epsilon
-    high *= 2
+        low, high = low / 1.2, low
+    goal = target_epsilon - (PRV_ERROR if rate < 1 else 0.0)  # which the certifying accountant will add
     while goal > already:
         while epsilon_model_pld(high, rate, releases, delta, spent) >= goal and high < _LARGEST_MULTIPLIER:
-            high *= 2
+            high *= 1.2
         if high >= _LARGEST_MULTIPLIER:
             break
         multiplier = _root(lambda z: epsilon_model_pld(z, rate, releases, delta, spent), goal, low, high)
@@ -165,7 +155,12 @@ def noise_multiplier_for(
         if over <= 0:
             return multiplier * math.sqrt(1 + EXCESS_LIMIT)
         goal -= over + 1e-4 * target_epsilon
-    raise PrivacyError(f"Expected target_epsilon={target_epsilon} to be large enough to be certified, after the {already:.4g} of other runs.")
+    if spent:
+        raise BudgetExceeded(
+            f"Expected other runs over this population to leave something of ε_model={target_epsilon:g} at "
+            f"δ={delta:.3g} (one user added or removed, for who sees every model): they spent {already:.4g}."
+        )
+    raise PrivacyError(f"Expected target_epsilon={target_epsilon} to be large enough to be certified.")
 
 
 def releases_within(
@@ -238,6 +233,25 @@ def default_delta(users: int) -> float:
     if users < 1:
         raise PrivacyError(f"Expected users={users} ≥ 1.")
     return min(math.pow(users, -1.1), 0.5)
+
+
+def _rough_epsilon(history: History, delta: float) -> float:
+    """By opacus's RDP accountant: an upper bound, in milliseconds."""
+    accountant = RDPAccountant()
+    accountant.history = list(history)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of orders at the end of the range
+        return float(accountant.get_epsilon(delta))
+
+
+def _rough_multiplier(target_epsilon: float, rate: float, releases: int, delta: float) -> float:
+    """A z that is enough, by the rough bound where that can reach the target, or without any sampling."""
+    low = enough = float(get_sigma_gaussian(target_epsilon, delta)) * math.sqrt(releases)
+    while _rough_epsilon(((low, rate, releases),), delta) < target_epsilon:
+        low /= 2
+    if low == enough:
+        return enough
+    return _root(lambda z: _rough_epsilon(((z, rate, releases),), delta), target_epsilon, low, enough)
 
 
 def _with(spent: History, noise_multiplier: float, rate: float, releases: int) -> History:

@@ -46,20 +46,21 @@ class Spending:
     delta_loss: float = 0.0
 
     def __add__(self, other: "Spending") -> "Spending":
-        return Spending(
-            self.history + other.history, self.server + other.server, self.delta_loss + other.delta_loss
-        )
+        return Spending(self.history + other.history, self.server + other.server, self.delta_loss + other.delta_loss)
+
+    def left(self, delta: float) -> float:
+        """What the mechanisms have of δ."""
+        return _left(delta, self.delta_loss, f"{len(self.history)} runs")
 
     def statement(self, delta: float) -> dict[str, Any]:
         """Both figures of all the runs at δ, for the most exposed user: one who was there in each of them."""
-        left = _left(delta, self.delta_loss, f"{len(self.history)} runs")
-        server = math.inf if math.isinf(self.server) else 1 / math.sqrt(self.server) if self.server else 0.0
+        left = self.left(delta)
         return {
             "runs": len(self.history),
             "unit": "user",
             "delta": delta,
             "epsilon_model": epsilon_model(1.0, 1.0, 0, left, self.history),
-            "epsilon_server": epsilon_server(server, 1.0, 1, left) if self.server else 0.0,
+            "epsilon_server": epsilon_server(self.server**-0.5, 1.0, 1, left) if self.server else 0.0,
             "adjacency": ADJACENCY,
             "observer": OBSERVER,
         }

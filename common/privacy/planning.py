@@ -15,7 +15,7 @@ from common.privacy.budget import Budget, make_budget
 from common.settings import Settings, load_settings
 
 ALIGNMENT = 0.24
-"""α: the norm of the mean clipped update over C. .22 to .26 were measured on MovieLens with the objectives here."""
+"""α: the norm of the mean clipped update over C in a round, of which .21 to .26 were measured on MovieLens."""
 
 NEEDED = 1.0
 """Signal-to-noise below which the noise outweighs everything that was learned."""
@@ -27,9 +27,11 @@ AMPLE = 10.0
 def signal_to_noise(cohort: float, rounds: int, noise_multiplier: float, parameters: int) -> float:
     """Norm of the sum of all released updates without their noise, over that of the noise: α·m·√T/(z·√d).
 
-    Derivation. In each of T rounds m = qN members add a vector of norm α·m·C, and noise of standard deviation zC on each
-    of d coordinates, of norm zC√d. As far as the mean update keeps its direction, T rounds add up to α·m·C·T, and the
-    noise to zC√(dT). So it is an upper estimate, and by assumption about α, not a measurement of a run.
+    Derivation. In each of T rounds m = qN members add a vector of norm α·m·C, and noise of standard deviation zC on
+    each of d coordinates, of norm zC√d. As far as the mean update keeps its direction, T rounds add up to α·m·C·T, and
+    the noise to zC√(dT). So it is an upper estimate: directions turn as the model learns. With the default model on
+    MovieLens small, clipped at C = 1, without noise, the norm of the mean update was .21 C on average over 200 rounds,
+    and that of the mean over the rounds .06 C after 50 of them, .03 C after 200.
 
     Scaling. Many Poisson-subsampled Gaussians are about μ-Gaussian-DP with μ = q√(T(e^{1/z²} − 1)) (Bu, Dong, Long and
     Su, "Deep learning with Gaussian differential privacy", HDSR 2020, §3.2; after Dong, Roth and Su, "Gaussian
@@ -111,7 +113,7 @@ def make_plan(
             "change": "a tenth of the shared parameters",
             "signal_to_noise": signal_to_noise(cohort, rounds, budget.noise_multiplier, max(1, d // 10)),
         },
-        changed(f"ε_model={2 * epsilon:g} in place of {epsilon:g}", e=min(2 * epsilon, 100.0)),
+        changed(f"ε_model={min(2 * epsilon, 100):g} in place of {epsilon:g}", e=min(2 * epsilon, 100.0)),
         changed("4 × the rounds", t=4 * rounds),
     ]
     if cohort < users:
