@@ -141,10 +141,10 @@ def noise_multiplier_for(target_epsilon: float, rate: float, releases: int, delt
     if releases == 0:
         return 0.0
     already = epsilon_model(1.0, 1.0, 0, delta, spent)
-    low = high = _rough_multiplier(target_epsilon, rate, releases, delta)
-    while epsilon_model_pld(low, rate, releases, delta, spent) < target_epsilon:
-        low, high = low / 1.2, low
     goal = target_epsilon - (PRV_ERROR if rate < 1 else 0.0)  # which the certifying accountant will add
+    low = high = rough_multiplier(target_epsilon, rate, releases, delta)
+    while goal > already and epsilon_model_pld(low, rate, releases, delta, spent) < target_epsilon:
+        low, high = low / 1.2, low
     while goal > already:
         while epsilon_model_pld(high, rate, releases, delta, spent) >= goal and high < _LARGEST_MULTIPLIER:
             high *= 1.2
@@ -244,8 +244,8 @@ def _rough_epsilon(history: History, delta: float) -> float:
         return float(accountant.get_epsilon(delta))
 
 
-def _rough_multiplier(target_epsilon: float, rate: float, releases: int, delta: float) -> float:
-    """A z that is enough, by the rough bound where that can reach the target, or without any sampling."""
+def rough_multiplier(target_epsilon: float, rate: float, releases: int, delta: float) -> float:
+    """A z that is enough, in milliseconds: by RDP, which asks for 4–24 % more of it, or without any sampling."""
     low = enough = float(get_sigma_gaussian(target_epsilon, delta)) * math.sqrt(releases)
     while _rough_epsilon(((low, rate, releases),), delta) < target_epsilon:
         low /= 2
@@ -263,6 +263,7 @@ def _composed(history: History) -> PrivacyLossDistribution:
     return reduce(lambda one, other: one.compose(other), (_losses(*mechanism) for mechanism in history))
 
 
+@lru_cache(maxsize=64)
 def _losses(noise_multiplier: float, rate: float, releases: int) -> PrivacyLossDistribution:
     single = from_gaussian_mechanism(noise_multiplier, sampling_prob=rate, value_discretization_interval=_PLD_INTERVAL)
     return single.self_compose(releases)

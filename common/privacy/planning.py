@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import PrivacyError
 from common.model import shapes
-from common.privacy.accounting import default_delta, epsilon_model_pld
+from common.privacy.accounting import default_delta, epsilon_model_pld, rough_multiplier
 from common.privacy.budget import Budget, make_budget
 from common.settings import Settings, load_settings
 
@@ -94,7 +94,8 @@ def make_plan(
     """The plan of such a run as the ``privacy`` object of a report has it, with what is to be expected of it.
 
     Beside the figures of :meth:`common.privacy.budget.Budget.statement`: ``signal_to_noise``, a ``verdict`` in words,
-    and ``levers``: the same plan with one thing changed, and its signal-to-noise.
+    and ``levers``: the same plan with one thing changed, and about which signal-to-noise it has then (its noise is this
+    plan's times the quotient of two RDP bounds).
 
     Arguments and errors as of :func:`planned_budget`; `parameters` of 0 are those of the default model.
     """
@@ -102,9 +103,12 @@ def make_plan(
     budget = planned_budget(users, cohort, rounds, epsilon, delta, d, overrides)
     ratio = signal_to_noise(cohort, rounds, budget.noise_multiplier, d)
 
+    def rough(n: int, m: int, t: int, e: float) -> float:
+        own_delta = budget.delta if n == users else min(budget.delta, default_delta(n))
+        return rough_multiplier(e, m / n, t, own_delta)
+
     def changed(words: str, n: int = users, m: int = cohort, t: int = rounds, e: float = epsilon) -> dict[str, Any]:
-        own_delta = delta if n == users else 0.0 if not delta else min(delta, default_delta(n))
-        z = planned_budget(n, m, t, e, own_delta, d, overrides).noise_multiplier
+        z = budget.noise_multiplier * rough(n, m, t, e) / rough(users, cohort, rounds, epsilon)
         return {"change": words, "signal_to_noise": signal_to_noise(m, t, z, d)}
 
     levers = [
@@ -113,7 +117,7 @@ def make_plan(
             "change": "a tenth of the shared parameters",
             "signal_to_noise": signal_to_noise(cohort, rounds, budget.noise_multiplier, max(1, d // 10)),
         },
-        changed(f"ε_model={min(2 * epsilon, 100):g} in place of {epsilon:g}", e=min(2 * epsilon, 100.0)),
+        changed(f"ε_model={2 * epsilon:g} in place of {epsilon:g}", e=2 * epsilon),
         changed("4 × the rounds", t=4 * rounds),
     ]
     if cohort < users:
@@ -132,7 +136,7 @@ def make_plan(
 def make_curve(plan: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """Pairs (ε_model, signal-to-noise) along the noise, for the plan and for two levers, each at its own δ."""
     users, cohort, rounds, d = (plan[name] for name in ("users", "cohort", "rounds", "parameters"))
-    multipliers = [plan["noise_multiplier"] * 2 ** (step / 2) for step in range(-2, 6)]
+    multipliers = [plan["noise_multiplier"] * 2 ** (step / 2) for step in range(-1, 6)]
 
     def along(n: int, m: int, delta: float, parameters: int) -> list[tuple[float, float]]:
         return [
