@@ -33,7 +33,7 @@ def _model(report: Mapping[str, Any], settings: Settings) -> Iterator[str]:
     yield "| | |"
     yield "|---|---|"
     yield f"| objective | `{objective.estimator}`, slates of {objective.slate_size} |"
-    yield f"| architecture | {model.cell}, {report['parameters']:,} shared parameters; user embeddings stay on devices |"
+    yield f"| architecture | {model.cell}, {report['parameters']:,} shared parameters, beside each device's own |"
     yield f"| data | `data.source={settings.data.source}`; no history left its device |"
     yield f"| sums | `aggregation.kind={report['aggregation']['kind']}`, {report['client_updates']} updates in them |"
     yield "| meant for | ranking a public catalogue's items for the holder of a device, on that device |"
