@@ -16,8 +16,9 @@ from common.model import Parameters
 from common.settings import OUT, Settings, parse_flat
 from server.events import Events
 from server.nodes import Nodes
+from server.population_ledger import PopulationLedger
 from server.report import build_report
-from server.run import open_training
+from server.run import open_training, settle
 from server.run_folder import RunFolder
 from server.secure_sum import SecureSum, Trust
 from server.training import Progress
@@ -41,6 +42,7 @@ class Deployment:
         node_of: Flower's node of each device, as far as it is known.
         timeout: seconds that a device has for an answer.
         deliver: whether devices get the last model, to recommend with.
+        population: the ledger of all runs over these devices; the budget is then what all of them may spend.
     """
 
     items: int
@@ -50,6 +52,7 @@ class Deployment:
     node_of: Mapping[int, int] = field(default_factory=dict)
     timeout: float = _TIMEOUT_SECONDS
     deliver: bool = False
+    population: PopulationLedger | None = None
 
 
 def make_app(deploy: Callable[[Settings], Deployment]) -> ServerApp:
@@ -98,14 +101,15 @@ def serve(
         nodes = Nodes(grid, deployment.timeout, _population(events, deployment.node_of))
         cohort = SecureSum(nodes, settings, run, deployment.trust, events.record)
         deployment.gather(nodes, cohort)
-        training = open_training(settings, folder, store, cohort, deployment.items)
+        training = open_training(settings, folder, store, cohort, deployment.items, deployment.population)
         if resume:
             training.resume()
         outcome = training.run(should_stop, on_round)
         folder.save_model(outcome.parameters)
         if deployment.deliver:
             cohort.deliver(outcome.parameters, outcome.rounds)
-        report = build_report(training, outcome, deployment.evaluate(outcome.parameters))
+        spent = settle(training, deployment.population)
+        report = build_report(training, outcome, deployment.evaluate(outcome.parameters), spent)
         folder.save_report(report)
     return report
 

@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    load_pem_private_key,
 )
 
 from common.enrolment import LARGEST_DEVICE, Enrolment, Request, Revocations
 from common.errors import RunError
 from server.durable import make_folder, replacing
+from server.signing_key import read_signing_key
 
 KEY, PUBLIC, REGISTER, REVOKED = "authority.key", "authority.pub", "register.jsonl", "revoked.json"
 
@@ -62,16 +62,7 @@ class Authority:
 
     def __init__(self, folder: Path, passphrase: str | None = None) -> None:
         self._folder = folder
-        try:
-            content = (folder / KEY).read_bytes()
-            key = load_pem_private_key(content, passphrase.encode() if passphrase else None)
-        except OSError as error:
-            raise RunError(f"Expected {folder / KEY} to be an authority's key: {error.strerror}.") from None
-        except (ValueError, TypeError) as error:
-            raise RunError(f"Expected {folder / KEY} to open with this passphrase: {error}.") from None
-        if not isinstance(key, Ed25519PrivateKey):
-            raise RunError(f"Expected {folder / KEY} to be an Ed25519 key.")
-        self._key = key
+        self._key = read_signing_key(folder / KEY, passphrase)
 
     @classmethod
     def create(cls, folder: Path, passphrase: str | None = None) -> "Authority":

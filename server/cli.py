@@ -32,7 +32,7 @@ def init(folder: FolderArgument, passphrase: PassphraseOption = None, format: Fo
     """Make a new authority. Keep its folder away from the aggregator."""
     from server.authority import KEY, PUBLIC, Authority
 
-    Authority.create(folder, _passphrase(passphrase))
+    Authority.create(folder, read_passphrase(passphrase))
     found = {"key": str(folder / KEY), "public_key": (folder / PUBLIC).read_text(encoding="utf-8").strip()}
     answer(format, found, lambda: f"Devices and the server pin this public key: {found['public_key']}")
 
@@ -55,7 +55,7 @@ def enrol(
     from server.authority import Authority
     from server.durable import replacing
 
-    authority, now = Authority(folder, _passphrase(passphrase)), int(time.time())
+    authority, now = Authority(folder, read_passphrase(passphrase)), int(time.time())
     enrolment = authority.enrol(Request.parse(_read(request)), now + days * _DAY, now, name=name, device=device)
     with replacing(out) as file:
         file.write_text(enrolment.to_json(), encoding="utf-8")
@@ -74,7 +74,7 @@ def revoke(
     """Revoke a device for good, and sign the new list of revoked ones."""
     from server.authority import REVOKED, Authority
 
-    revocations = Authority(folder, _passphrase(passphrase)).revoke(device, int(time.time()))
+    revocations = Authority(folder, read_passphrase(passphrase)).revoke(device, int(time.time()))
     found = {"number": revocations.number, "devices": revocations.devices, "list": str(folder / REVOKED)}
     answer(format, found, lambda: f"{len(revocations.devices)} devices are revoked; give everybody {folder / REVOKED}.")
 
@@ -176,7 +176,8 @@ def _table(entries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _passphrase(path: Path | None) -> str | None:
+def read_passphrase(path: Path | None) -> str | None:
+    """The first line of a file. Raises :class:`RunError`."""
     if path is None:
         return None
     lines = _read(path).splitlines()

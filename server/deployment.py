@@ -11,9 +11,10 @@ from common.model import Parameters
 from server.app import Deployment, expect_secure, serve
 from server.gateway import Gateway
 from server.nodes import Nodes
+from server.population_ledger import open_population
 from server.run_folder import RunFolder
 from server.secure_sum import SecureSum, Trust
-from server.site import ENROLMENTS, TLS, Site
+from server.site import ENROLMENTS, LEDGER, TLS, Site
 from server.superlink import superlink
 from server.training import Progress
 
@@ -80,6 +81,7 @@ def run_server(
         on_round(progress)
 
     with ExitStack() as stack:
+        population = stack.enter_context(open_population(site.path / LEDGER))
         link = stack.enter_context(superlink(site.tls, site.path, service.log))
         node_of = dict(zip(enrolled, link.admit(list(enrolled.values())), strict=True))
         upstream = int(link.address.split(":")[1])
@@ -104,6 +106,7 @@ def run_server(
             node_of,
             service.timeout,
             deliver=True,
+            population=population,
         )
         report = serve(
             grid, run_id, settings, folder, deployment, resume=resume, should_stop=should_stop, on_round=told

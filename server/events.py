@@ -1,14 +1,20 @@
-"""The event log of a run: what happened, when, in the order in which it was committed."""
+"""The event log of a run: what happened, when, in the order in which it was committed.
+
+Each event's digest covers it and the digest of the one before it: :mod:`server.verification` says what that shows.
+"""
 
 import json
 import math
+import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import Connection, insert, select
 
+from common.secagg.identity import digest
+from common.secagg.wire import numbers
 from server.store import Store, event_table
 
 
@@ -31,6 +37,22 @@ class Event:
     fields: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Head:
+    """The end of a log: it stands for the whole of it.
+
+    Attributes:
+        events: how many there are.
+        digest: hexadecimal, of the last one, and so of all.
+    """
+
+    events: int
+    digest: str
+
+
+START = Head(0, "0" * 64)
+
+
 class EventReader:
     """Reads the log of a store, which may be open read-only."""
 
@@ -50,6 +72,18 @@ class EventReader:
             rows = connection.execute(query).all()
         return [Event(row.id, row.time, row.kind, row.round, json.loads(row.fields)) for row in rows]
 
+    @property
+    def origin(self) -> str:
+        """The first event's digest, which tells this log from every other one; empty for an empty log."""
+        with self._store.transaction() as connection:
+            return connection.execute(select(event_table.c.digest).where(event_table.c.id == 1)).scalar() or ""
+
+    @property
+    def head(self) -> Head:
+        """The end of the log as it is now."""
+        with self._store.transaction() as connection:
+            return _head(connection)
+
 
 class Events(EventReader):
     """Records events, and reads them. Nothing is ever changed or removed."""
@@ -66,10 +100,33 @@ class Events(EventReader):
         which Python's ``float`` and JavaScript's ``Number`` both read (tests/unit/test_events.py::test_non_finite).
         Raises :class:`RunError` if the log cannot be written to.
         """
-        text = json.dumps(_plain(fields), allow_nan=False, ensure_ascii=False)
-        row = {"time": self._clock(), "kind": kind, "round": round, "fields": text}
         with self._store.transaction() as connection:
-            connection.execute(insert(event_table).values(row))
+            append(connection, self._clock(), kind, round, **fields)
+
+
+def append(connection: Connection, time: float, kind: str, round: int | None = None, **fields: Any) -> None:
+    """Append one event within a transaction, so that it stands together with what else is written there."""
+    text = json.dumps(_plain(fields), allow_nan=False, ensure_ascii=False)
+    head = following(_head(connection), time, kind, round, text)
+    row = {"id": head.events, "time": time, "kind": kind, "round": round, "fields": text, "digest": head.digest}
+    connection.execute(insert(event_table).values(row))
+
+
+def following(head: Head, time: float, kind: str, round: int | None, fields: str) -> Head:
+    """The end of the log once this event is appended. Raises :class:`ValueError` for what can be no event."""
+    number = head.events + 1
+    try:
+        start = numbers("Qdq", number, time, -1 if round is None else round)
+        content = (bytes.fromhex(head.digest), start, kind.encode(), fields.encode())
+    except (struct.error, AttributeError, TypeError, UnicodeError) as error:
+        raise ValueError(f"event {number}: {error}") from None
+    return Head(number, digest("event", *content).hex())
+
+
+def _head(connection: Connection) -> Head:
+    last = select(event_table.c.id, event_table.c.digest).order_by(event_table.c.id.desc()).limit(1)
+    row = connection.execute(last).first()
+    return START if row is None else Head(row.id, row.digest)
 
 
 def _plain(value: Any) -> Any:

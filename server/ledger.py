@@ -10,6 +10,9 @@ It counts; what the counts mean in ε is :mod:`common.privacy.accounting`'s busi
 
 and a process that starts again calls ``ledger.reconcile(round of the newest checkpoint)`` first.
 
+Each step is also an event of the same transaction, from which alone the ledger can be counted again
+(:mod:`server.verification`).
+
 A round that released nothing may be tried again on the same reservation, since whoever sees the models saw none; the
 devices that uploaded to an attempt are out of it all the same, so ε_server counts every such attempt.
 """
@@ -22,6 +25,7 @@ from typing import Literal, TypeGuard
 from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, update
 
 from common.errors import BudgetExceeded, RunError
+from server.events import append
 from server.store import Store, ledger_table
 
 State = Literal["reserved", "uploaded", "released"]
@@ -147,14 +151,10 @@ class Ledger(LedgerReader):
                     f"{self._allowed_releases} releases, and {spent} are spent."
                 )
             attempt = 1 if newest is None else newest.attempt + 1
-            entry = {
-                "round": round,
-                "attempt": attempt,
-                "noise_multiplier": self._noise_multiplier,
-                "rate": self._rate,
-                "reserved_at": self._clock(),
-            }
+            mechanism, now = {"noise_multiplier": self._noise_multiplier, "rate": self._rate}, self._clock()
+            entry = {"round": round, "attempt": attempt, "reserved_at": now, **mechanism}
             connection.execute(insert(ledger_table).values(entry))
+            append(connection, now, "reserved", round, attempt=attempt, **mechanism)
         return attempt
 
     def uploaded(self, round: int, attempt: int) -> None:
@@ -182,8 +182,11 @@ class Ledger(LedgerReader):
                     f"Expected the privacy ledger to know round {checkpoint_round} of the newest checkpoint: "
                     "events.sqlite was removed or belongs to another run."
                 )
-            open_entries = update(table).where(table.c.round <= checkpoint_round, table.c.released_at.is_(None))
-            connection.execute(open_entries.where(_is_newest()).values(released_at=self._clock()))
+            is_open = (table.c.round <= checkpoint_round, table.c.released_at.is_(None), _is_newest())
+            keys, now = select(table.c.round, table.c.attempt).where(*is_open).order_by(table.c.round), self._clock()
+            for round, attempt in connection.execute(keys).all():
+                append(connection, now, "released", round, attempt=attempt)
+            connection.execute(update(table).where(*is_open).values(released_at=now))
 
     def _mark(self, round: int, attempt: int, state: State, allowed: tuple[State, ...]) -> None:
         with self._store.transaction() as connection:
@@ -196,8 +199,9 @@ class Ledger(LedgerReader):
                     f"Expected round {round} to be {' or '.join(allowed)} in attempt {attempt} before it is {state} "
                     f"there; it is {found}."
                 )
-            key = (ledger_table.c.round == round, ledger_table.c.attempt == attempt)
-            connection.execute(update(ledger_table).where(*key).values({f"{state}_at": self._clock()}))
+            key, now = (ledger_table.c.round == round, ledger_table.c.attempt == attempt), self._clock()
+            connection.execute(update(ledger_table).where(*key).values({f"{state}_at": now}))
+            append(connection, now, state, round, attempt=attempt)
 
     def _repeats(self, newest: Entry | None) -> TypeGuard[Entry]:
         return self._repeatable and newest is not None and newest.state == "released"

@@ -1,9 +1,11 @@
 """Opens a run's training in its folder: model, budget, ledger and events put together."""
 
 import time
+from typing import Any
 
 import torch
 
+from common.errors import RunError
 from common.item_slice import cut, slice_of
 from common.model import initialise
 from common.privacy.budget import make_budget
@@ -11,21 +13,45 @@ from common.settings import Settings
 from server.cohort import Cohort
 from server.events import Events
 from server.ledger import Ledger
+from server.population_ledger import PopulationLedger
 from server.run_folder import RunFolder
 from server.store import Store
-from server.training import Training
+from server.training import ATTEMPTS, Training
+
+MECHANISM = "mechanism"
+"""The event that holds what a run's figures follow from, beside the steps of its ledger."""
 
 
-def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: Cohort, items: int) -> Training:
+def open_training(
+    settings: Settings,
+    folder: RunFolder,
+    store: Store,
+    cohort: Cohort,
+    items: int,
+    population: PopulationLedger | None = None,
+) -> Training:
     """A training at its first round, with the model drawn from `training.seed`.
 
     Args:
         items: A, the size of the catalogue.
+        population: the ledger of the population's whole life, in which all that the run may spend is reserved here.
+
+    Raises:
+        BudgetExceeded: other runs over the population have spent the target.
+        RunError: the run was begun with another population's ledger.
     """
+    events = Events(store, time.time)
+    begun = next(iter(events.read(kinds=[MECHANISM])), None)
     generator = torch.Generator().manual_seed(settings.training.seed)
     parameters = initialise(settings, items, generator)
     dimension = sum(value.numel() for value in cut(parameters, slice_of(settings, items, 1)).values())
-    budget = make_budget(settings, cohort.devices, dimension)
+    others = population.others(events.origin) if population else None
+    begun_with = begun.fields["noise_multiplier"] if begun else None
+    budget = make_budget(settings, cohort.devices, dimension, others, begun_with)
+    if begun is None:
+        events.record(MECHANISM, **budget.mechanism(), population=population.origin if population else "")
+    elif begun.fields["population"] != (population.origin if population else ""):
+        raise RunError("Expected the ledger of the population that the run was begun with: --ledger.")
     ledger = Ledger(
         store,
         noise_multiplier=budget.noise_multiplier,
@@ -35,4 +61,17 @@ def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: C
         repeatable=settings.reproducible,
         clock=time.time,
     )
-    return Training(settings, parameters, cohort, budget, ledger, Events(store, time.time), folder.checkpoints)
+    if population:
+        allowed = settings.training.rounds if budget.allowed_releases is None else budget.allowed_releases
+        most = max(allowed, ledger.model_releases)
+        attempts = ledger.attempts + ATTEMPTS * settings.training.rounds
+        population.charge(events.origin, budget.spending(most, attempts), budget.delta, settled=False)
+    return Training(settings, parameters, cohort, budget, ledger, events, folder.checkpoints)
+
+
+def settle(training: Training, population: PopulationLedger | None) -> dict[str, Any] | None:
+    """Charge the run with what it has spent in place of its most. What its population has spent, if it has a ledger."""
+    if population is None:
+        return None
+    spending = training.budget.spending(training.ledger.model_releases, training.ledger.attempts)
+    return population.charge(training.events.origin, spending, training.budget.delta, settled=True)

@@ -1,4 +1,4 @@
-"""A run folder: settings, checkpoints, event store, and at the end the model and the report."""
+"""A run folder: settings, checkpoints, event store, and at the end the model, the report and the model card."""
 
 import json
 import time
@@ -18,6 +18,7 @@ from common.model import Parameters
 from common.settings import Settings, load_settings
 from server.durable import replacing
 from server.events import EventReader, Events
+from server.model_card import model_card
 from server.store import DATABASE, Store, open_store
 
 _BEGUN = "begun"
@@ -36,6 +37,10 @@ class RunFolder:
     @property
     def report_file(self) -> Path:
         return self.path / "report.json"
+
+    @property
+    def card_file(self) -> Path:
+        return self.path / "model-card.md"
 
     @property
     def model_file(self) -> Path:
@@ -97,6 +102,8 @@ class RunFolder:
             raise RunError(f"Expected {self.model_file} to be a safetensors file: {error}.") from None
 
     def save_report(self, report: Mapping[str, Any]) -> None:
-        """Write ``report.json``, atomically."""
+        """Write ``report.json`` and ``model-card.md``, each atomically."""
         with replacing(self.report_file) as file:
             file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(self.card_file) as file:
+            file.write_text(model_card(report, self.settings()), encoding="utf-8")

@@ -8,6 +8,7 @@
     DIR/invitation.json    all that a device has to know of the server; the catalogue and the authority are what it says
     DIR/enrolments/        what the authority wrote for each device (`fedtopk authority enrol --out`)
     DIR/revoked.json       the authority's list; read again before every round
+    DIR/ledger/            what all runs over these devices have spent of their privacy
 """
 
 import csv
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from common.catalogue import Catalogue
 from common.enrolment import Enrolment, Revocations
@@ -28,11 +29,12 @@ from common.errors import DataError, ProtocolError, RunError
 from common.invitation import Invitation
 from common.settings import Settings, load_settings
 from server.durable import make_folder, replacing
+from server.signing_key import read_signing_key
 from server.superlink import Tls
 from server.tls import CA, CERTIFICATE, KEY, make_tls
 
 SETTINGS, PUBLISHER, INVITATION = "settings.toml", "publisher.key", "invitation.json"
-ENROLMENTS, REVOKED, TLS = "enrolments", "revoked.json", "tls"
+ENROLMENTS, REVOKED, TLS, LEDGER = "enrolments", "revoked.json", "tls", "ledger"
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,7 @@ class Site:
 
     @property
     def publisher(self) -> Ed25519PrivateKey:
-        key = load_pem_private_key(self._text(PUBLISHER).encode(), None)
-        if not isinstance(key, Ed25519PrivateKey):
-            raise RunError(f"Expected {self.path / PUBLISHER} to be an Ed25519 key.")
-        return key
+        return read_signing_key(self.path / PUBLISHER)
 
     @property
     def catalogue(self) -> Catalogue:

@@ -19,7 +19,7 @@ from server.run_lock import lock_run
 
 DATABASE = "events.sqlite"
 APPLICATION_ID = int.from_bytes(b"ftpK")  # how SQLite files name their owner; `file events.sqlite` prints it
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 schema = MetaData()
 
@@ -31,6 +31,7 @@ event_table = Table(
     Column("kind", Text, nullable=False),
     Column("round", Integer),
     Column("fields", Text, nullable=False),
+    Column("digest", Text, nullable=False),
 )
 
 ledger_table = Table(

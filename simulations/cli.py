@@ -20,6 +20,7 @@ from server.cli import authority_app, server_app
 from simulations.bench.commands import bench_app
 from simulations.experiment_commands import accuracy, closed_loop, compare, demo, paper
 from simulations.options import CORES, ConfigOption, FormatOption, SetOption, WorkersOption
+from simulations.privacy_commands import figures_text, privacy_app
 
 app = typer.Typer(
     help="Federated, differentially private training of the top-K off-policy-corrected REINFORCE recommender.",
@@ -33,6 +34,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(authority_app, name="authority")
 app.add_typer(server_app, name="server")
 app.add_typer(device_app, name="device")
+app.add_typer(privacy_app, name="privacy")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -52,9 +54,16 @@ def simulate(
     cluster: Annotated[
         str, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: its address, auto, or local.")
     ] = "",
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            "--ledger", metavar="DIR", help="Ledger of the population's life: the budget is for all its runs."
+        ),
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
+    from server.population_ledger import open_population
     from server.run_folder import RunFolder
     from simulations.progress import watch
     from simulations.simulate import simulate as run
@@ -64,8 +73,15 @@ def simulate(
     folder = RunFolder(out)
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
-    with ExitStack() as bars:
-        report = run(folder, watch(bars, "training", rounds), settings=settings, workers=workers, cluster=cluster)
+    with ExitStack() as stack, ExitStack() as bars:
+        report = run(
+            folder,
+            watch(bars, "training", rounds),
+            settings=settings,
+            workers=workers,
+            cluster=cluster,
+            population_ledger=None if ledger is None else stack.enter_context(open_population(ledger)),
+        )
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
@@ -213,13 +229,7 @@ def _report_text(report: dict[str, Any], out: Path) -> Any:
         f"{report['status']}: {report['rounds']} rounds, {report['devices']} devices, "
         f"{report['client_updates']} updates in {report['seconds']:.1f} s"
     ]
-    if "epsilon_model" in privacy:
-        lines.append(
-            f"ε_model {privacy['epsilon_model']:.2f} (who sees the models), ε_server {privacy['epsilon_server']:.1f} "
-            f"(the server, under secure aggregation), δ {privacy['delta']:.2g}, unit: user, noise: {privacy['noise']}"
-        )
-    else:
-        lines.append("No privacy: no noise was added.")
+    lines.append(figures_text(privacy) + (f"\nnoise: {privacy['noise']}" if "noise" in privacy else ""))
     parts: list[Any] = ["\n".join(lines)]
     if "evaluation" in report:
         parts.append(_evaluation_table(report["evaluation"]))

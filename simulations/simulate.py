@@ -9,8 +9,9 @@ from common.errors import SettingsError
 from common.model import Parameters
 from common.settings import Settings
 from server.cohort import Cohort
+from server.population_ledger import PopulationLedger
 from server.report import build_report
-from server.run import open_training
+from server.run import open_training, settle
 from server.run_folder import RunFolder
 from server.training import Progress, Training
 from simulations import datasets
@@ -38,13 +39,20 @@ class Watch:
 
 
 def simulate(
-    folder: RunFolder, watch: Watch, *, settings: Settings | None, workers: int, cluster: str = ""
+    folder: RunFolder,
+    watch: Watch,
+    *,
+    settings: Settings | None,
+    workers: int,
+    cluster: str = "",
+    population_ledger: PopulationLedger | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and report. Returns the report, which is also in the folder.
 
     Args:
         settings: of a new run; None resumes the one in the folder with its own.
         workers: processes of the batched engine; they change the speed and nothing else.
+        population_ledger: of all runs over these users; the budget is then what all of them may spend.
         cluster: address of a Ray cluster that takes their place (:class:`simulations.ray_shards.RayShards`).
 
     Raises:
@@ -65,20 +73,21 @@ def simulate(
         watch.note(sentence)
     population = Population(settings, data.train)
     with folder.open(settings, resume) as store, _cohort(settings, population, workers, cluster) as cohort:
-        training = open_training(settings, folder, store, cohort, items=len(data.train.catalogue))
+        training = open_training(settings, folder, store, cohort, len(data.train.catalogue), population_ledger)
         if resume:
             training.resume()
         with watch.patient() as should_stop:
             outcome = training.run(should_stop, lambda progress: _tell(progress, training, data, population, watch))
         folder.save_model(outcome.parameters)
-        folder.save_report(build_report(training, outcome, {}))
+        spent = settle(training, population_ledger)
+        folder.save_report(build_report(training, outcome, {}, spent))
         if outcome.reason:
             watch.note(outcome.reason)
         evaluation = {}
         if outcome.status != "stopped":
             watch.note("Evaluating by full ranking, beside popularity and first-order Markov.")
             evaluation = evaluate_model(settings, outcome.parameters, population, data)
-        report = build_report(training, outcome, evaluation)
+        report = build_report(training, outcome, evaluation, spent)
         folder.save_report(report)
     return report
 

@@ -1,11 +1,12 @@
 """The budget of a run: which mechanism its settings stand for, how many releases that allows, and what they cost."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from common.errors import PrivacyError
 from common.privacy.accounting import (
+    History,
     contributions,
     default_delta,
     effective_multiplier,
@@ -22,28 +23,78 @@ _LARGEST_DELTA_LOSS = 1e-3
 """Part of δ that is set aside for what encodings lose, and again for a minimum cohort; the same for every number of
 releases, so that figures agree."""
 
+ADJACENCY = {"epsilon_model": "a user is added or removed", "epsilon_server": "a user's updates are replaced by zero"}
+OBSERVER = {
+    "epsilon_model": "who sees every released model",
+    "epsilon_server": "the aggregating server, which sees who takes part",
+}
+"""What the two figures mean: they stand beside them wherever they do."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a run spends of its population's privacy, or what several have spent.
+
+    Attributes:
+        history: of ε_model, one (effective z, q, releases) a run.
+        server: Σ κ/(z²·honest) over the runs: as many contributions to the server at a noise of 1.
+        delta_loss: part of δ that goes to encodings and minimum cohorts.
+    """
+
+    history: History = ()
+    server: float = 0.0
+    delta_loss: float = 0.0
+
+    def __add__(self, other: "Spending") -> "Spending":
+        return Spending(self.history + other.history, self.server + other.server, self.delta_loss + other.delta_loss)
+
+    def left(self, delta: float) -> float:
+        """What the mechanisms have of δ."""
+        return _left(delta, self.delta_loss, f"{len(self.history)} runs")
+
+    def statement(self, delta: float) -> dict[str, Any]:
+        """Both figures of all the runs at δ, for the most exposed user: one who was there in each of them."""
+        left = self.left(delta)
+        return {
+            "runs": len(self.history),
+            "unit": "user",
+            "delta": delta,
+            "epsilon_model": epsilon_model(1.0, 1.0, 0, left, self.history),
+            "epsilon_server": epsilon_server(self.server**-0.5, 1.0, 1, left) if self.server else 0.0,
+            "adjacency": ADJACENCY,
+            "observer": OBSERVER,
+        }
+
 
 @dataclass(frozen=True)
 class Budget:
     """A run's mechanism with its accounting.
 
     Attributes:
+        devices: N.
         noise_multiplier: z, the standard deviation of the released noise in units of the sensitivity; 0 for none.
         delta: δ of both figures.
         encoding: clip, rounding and noise as numbers.
         allowed_releases: how many rounds the target permits, at most those of the settings; None without noise.
+        others: what other runs over the same population have spent, which the target counts in.
     """
 
     settings: Settings
+    devices: int
     noise_multiplier: float
     delta: float
     encoding: Encoding
     allowed_releases: int | None
+    others: Spending = field(default_factory=Spending)
 
     @property
     def words(self) -> str:
         """The budget for whoever hits it."""
-        return f"ε_model={self.settings.privacy.target_epsilon} at δ={self.delta:.3g}"
+        others = f", of which {len(self.others.history)} other runs spent a part," if self.others.history else ""
+        return (
+            f"ε_model={self.settings.privacy.target_epsilon} at δ={self.delta:.3g} (one user added or removed, for "
+            f"who sees every model){others}"
+        )
 
     def statement(self, releases: int, attempts: int) -> dict[str, Any]:
         """The `privacy` object of the report, for so many releases of a model and attempts at rounds.
@@ -66,23 +117,70 @@ class Budget:
             "epsilon_model": epsilon_model(multiplier, rate, releases, delta),
             "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, attempts), delta),
             "epsilon_server_holds_under": "secure aggregation",
+            "adjacency": ADJACENCY,
+            "observer": OBSERVER,
             "target_epsilon": privacy.target_epsilon,
             "noise": "seeded, not private" if privacy.randomness == "seeded" else "cryptographic",
             "catalogue": "assumed public",
         }
 
+    def spending(self, releases: int, attempts: int) -> Spending:
+        """What so many releases and attempts spend of the population's privacy: everything, without noise."""
+        rate = self.settings.training.cohort_rate
+        if not self.settings.private:
+            return Spending(((0.0, rate, releases),) if releases else (), math.inf if attempts else 0.0)
+        multiplier = effective_multiplier(self.encoding)
+        return Spending(
+            ((multiplier, rate, releases),) if releases else (),
+            contributions(rate, attempts) / (multiplier**2 * self.encoding.honest),
+            releases * self.encoding.delta_loss + threshold_loss(self.settings, self.devices, releases),
+        )
 
-def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
+    def mechanism(self) -> dict[str, Any]:
+        """All that the figures follow from, beside the entries of the ledger: for the event log."""
+        privacy = self.settings.privacy
+        return {
+            "unit": "user",
+            "mechanism": privacy.mechanism,
+            "devices": self.devices,
+            "rate": self.settings.training.cohort_rate,
+            "noise_multiplier": self.noise_multiplier,
+            "delta": self.delta,
+            "target_epsilon": privacy.target_epsilon,
+            "minimum_cohort": self.settings.guard.minimum_cohort,
+            "encoding": asdict(self.encoding),
+        }
+
+
+def make_budget(
+    settings: Settings,
+    devices: int,
+    dimension: int,
+    others: Spending | None = None,
+    begun_with: float | None = None,
+) -> Budget:
     """Resolve the mechanism of a run over N devices with d shared parameters.
+
+    Args:
+        others: what other runs over the same population have spent, which the target counts in.
+        begun_with: z of the run, where it was resolved before; what others spent since then changes it no more.
 
     Raises :class:`~common.errors.PrivacyError` where the target cannot be met.
     """
     privacy, training, aggregation = settings.privacy, settings.training, settings.aggregation
-    delta = privacy.delta or default_delta(devices)
+    delta, others = privacy.delta or default_delta(devices), others or Spending()
     multiplier = 0.0
     if settings.private:
-        multiplier = privacy.noise_multiplier or noise_multiplier_for(
-            privacy.target_epsilon, training.cohort_rate, training.rounds, delta * (1 - 2 * _LARGEST_DELTA_LOSS)
+        multiplier = (
+            begun_with
+            or privacy.noise_multiplier
+            or noise_multiplier_for(
+                privacy.target_epsilon,
+                training.cohort_rate,
+                training.rounds,
+                delta * (1 - 2 * _LARGEST_DELTA_LOSS),
+                others.history,
+            )
         )
     encoding = Encoding.choose(
         dimension,
@@ -94,13 +192,11 @@ def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
         central=aggregation.kind == "central",
     )
     if not settings.private:
-        return Budget(settings, multiplier, delta, encoding, None)
+        return Budget(settings, devices, multiplier, delta, encoding, None, others)
     # A multiplier that was asked for may leave room for rounds that a crash makes necessary again.
     at_most = 2 * training.rounds if privacy.noise_multiplier else training.rounds
-    left = spendable_delta(delta, encoding, at_most)
-    threshold = threshold_delta(
-        settings.guard.minimum_cohort, training.cohort_rate, devices, at_most, privacy.target_epsilon
-    )
+    left = spendable_delta(delta, encoding, at_most, others.delta_loss)
+    threshold = threshold_loss(settings, devices, at_most)
     if threshold > _LARGEST_DELTA_LOSS * delta:
         raise PrivacyError(
             f"Expected guard.minimum_cohort={settings.guard.minimum_cohort} to be far from the "
@@ -108,20 +204,37 @@ def make_budget(settings: Settings, devices: int, dimension: int) -> Budget:
             f"others are in the sum (δ {threshold:.2g} of {delta:.2g})."
         )
     allowed = releases_within(
-        privacy.target_epsilon, effective_multiplier(encoding), training.cohort_rate, left, at_most
+        privacy.target_epsilon,
+        effective_multiplier(encoding),
+        training.cohort_rate,
+        left,
+        at_most,
+        others.history,
     )
-    return Budget(settings, multiplier, delta, encoding, allowed)
+    return Budget(settings, devices, multiplier, delta, encoding, allowed, others)
 
 
-def spendable_delta(delta: float, encoding: Encoding, releases: int) -> float:
+def threshold_loss(settings: Settings, devices: int, releases: int) -> float:
+    """What the minimum cohort costs of δ in so many releases (:func:`common.privacy.accounting.threshold_delta`)."""
+    rate, epsilon = settings.training.cohort_rate, settings.privacy.target_epsilon
+    return threshold_delta(settings.guard.minimum_cohort, rate, devices, releases, epsilon)
+
+
+def spendable_delta(delta: float, encoding: Encoding, releases: int, others: float = 0.0) -> float:
     """What is left of δ for the mechanism after what the encoding of so many releases, and a minimum cohort, lose.
+
+    Args:
+        others: part of δ that other runs over the same population have lost that way.
 
     Raises :class:`PrivacyError` where that is more than a thousandth of δ.
     """
-    loss = releases * encoding.delta_loss
+    return _left(delta, releases * encoding.delta_loss + others, f"{releases} releases")
+
+
+def _left(delta: float, loss: float, who: str) -> float:
     if loss > _LARGEST_DELTA_LOSS * delta:
         raise PrivacyError(
-            f"Expected privacy.delta={delta:.3g} to be well above the {loss:.3g} that {releases} releases lose "
-            "in their encoding: raise it, or train fewer rounds."
+            f"Expected privacy.delta={delta:.3g} to be well above the {loss:.3g} that {who} lose in their encoding: "
+            "raise it, or train fewer rounds."
         )
     return delta * (1 - 2 * _LARGEST_DELTA_LOSS)

@@ -15,7 +15,7 @@ from sqlalchemy import func, insert, select
 from common.errors import RunError
 from server.store import DATABASE, Store, event_table, open_store, open_store_read_only
 
-LINE = {"time": 0.0, "kind": "round", "round": 1, "fields": "{}"}
+LINE = {"time": 0.0, "kind": "round", "round": 1, "fields": "{}", "digest": ""}
 
 
 def add_line(store: Store) -> None:
@@ -131,7 +131,7 @@ def test_of_another_version(tmp_path: Path, opener: Callable[[Path], Store]) -> 
         connection.exec_driver_sql("PRAGMA user_version=7")
     with pytest.raises(RunError) as error:
         opener(tmp_path)
-    assert "version 1, not 7" in one_line(error)
+    assert "version 2, not 7" in one_line(error)
 
 
 def test_folder_that_is_a_file(tmp_path: Path) -> None:

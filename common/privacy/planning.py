@@ -1,0 +1,175 @@
+"""What a budget allows before anything is trained: the noise, what is left of the signal, and what would change it.
+
+The noise and both ε come from :func:`common.privacy.budget.make_budget`, the very code that a run with these settings
+uses. Unit: one user. Tests: ``tests/unit/test_planning.py``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from common.errors import PrivacyError
+from common.model import shapes
+from common.privacy.accounting import default_delta, epsilon_model_pld, rough_multiplier
+from common.privacy.budget import Budget, make_budget
+from common.settings import Settings, load_settings
+
+ALIGNMENT = 0.24
+"""α: the norm of the mean clipped update over C in a round, of which .21 to .26 were measured on MovieLens."""
+
+NEEDED = 1.0
+"""Signal-to-noise below which the noise outweighs everything that was learned."""
+
+AMPLE = 10.0
+"""Signal-to-noise from which the sum of all released updates points within 6° of what it is without noise."""
+
+
+def signal_to_noise(cohort: float, rounds: int, noise_multiplier: float, parameters: int) -> float:
+    """Norm of the sum of all released updates without their noise, over that of the noise: α·m·√T/(z·√d).
+
+    Derivation. In each of T rounds m = qN members add a vector of norm α·m·C, and noise of standard deviation zC on
+    each of d coordinates, of norm zC√d. As far as the mean update keeps its direction, T rounds add up to α·m·C·T, and
+    the noise to zC√(dT). So it is an upper estimate: directions turn as the model learns. With the default model on
+    MovieLens small, clipped at C = 1, without noise, the norm of the mean update was .21 C on average over 200 rounds,
+    and that of the mean over the rounds .06 C after 50 of them, .03 C after 200.
+
+    Scaling. Many Poisson-subsampled Gaussians are about μ-Gaussian-DP with μ = q√(T(e^{1/z²} − 1)) (Bu, Dong, Long and
+    Su, "Deep learning with Gaussian differential privacy", HDSR 2020, §3.2; after Dong, Roth and Su, "Gaussian
+    differential privacy", JRSS-B 2022, theorem 11). So it equals α·N·μ·η/√d with η = 1/(z√(e^{1/z²} − 1)) ≤ 1, which is
+    near 1 once z is above 1: then only N, d and the budget μ matter, neither the rounds nor the cohort.
+
+    Args:
+        cohort: m = qN > 0, expected members of a round.
+        rounds: T ≥ 1.
+        noise_multiplier: z > 0.
+        parameters: d ≥ 1, shared numbers.
+    """
+    return ALIGNMENT * cohort * math.sqrt(rounds) / (noise_multiplier * math.sqrt(parameters))
+
+
+def default_parameters() -> int:
+    """d of the default model over the default catalogue."""
+    settings = Settings()
+    return sum(rows * columns for rows, columns in shapes(settings, settings.data.items).values())
+
+
+def planned_budget(
+    users: int, cohort: int, rounds: int, epsilon: float, delta: float, parameters: int, overrides: Sequence[str] = ()
+) -> Budget:
+    """The budget of a run of T `rounds` over N `users` with an expected `cohort` and d `parameters`.
+
+    Args:
+        epsilon: the target of ε_model: one user added or removed, whoever sees every released model, at δ.
+        delta: δ of both figures; 0 for N^-1.1.
+        overrides: of other settings, as ``a.b=c``.
+
+    Raises:
+        PrivacyError: out of range, or a target that cannot be met.
+        SettingsError: an override that does not fit.
+    """
+    for name, value, least in (("users", users, 1), ("cohort", cohort, 1), ("parameters", parameters, 1)):
+        if value < least:
+            raise PrivacyError(f"Expected {name}={value} ≥ {least}.")
+    if cohort > users:
+        raise PrivacyError(f"Expected cohort={cohort} to be at most users={users}.")
+    own = (
+        "aggregation.kind=secure",
+        f"training.rounds={rounds}",
+        f"training.cohort_rate={cohort / users!r}",
+        f"privacy.target_epsilon={float(epsilon)!r}",
+        f"privacy.delta={float(delta)!r}",
+    )
+    return make_budget(load_settings(None, [*overrides, *own]), users, parameters)
+
+
+def make_plan(
+    users: int,
+    cohort: int,
+    rounds: int,
+    epsilon: float,
+    delta: float = 0.0,
+    parameters: int = 0,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The plan of such a run as the ``privacy`` object of a report has it, with what is to be expected of it.
+
+    Beside the figures of :meth:`common.privacy.budget.Budget.statement`: ``signal_to_noise``, a ``verdict`` in words,
+    and ``levers``: the same plan with one thing changed, and about which signal-to-noise it has then (its noise is this
+    plan's times the quotient of two RDP bounds).
+
+    Arguments and errors as of :func:`planned_budget`; `parameters` of 0 are those of the default model.
+    """
+    d = parameters or default_parameters()
+    budget = planned_budget(users, cohort, rounds, epsilon, delta, d, overrides)
+    ratio = signal_to_noise(cohort, rounds, budget.noise_multiplier, d)
+
+    def rough(n: int, m: int, t: int, e: float) -> float:
+        own_delta = budget.delta if n == users else min(budget.delta, default_delta(n))
+        return rough_multiplier(e, m / n, t, own_delta)
+
+    def changed(words: str, n: int = users, m: int = cohort, t: int = rounds, e: float = epsilon) -> dict[str, Any]:
+        z = budget.noise_multiplier * rough(n, m, t, e) / rough(users, cohort, rounds, epsilon)
+        return {"change": words, "signal_to_noise": signal_to_noise(m, t, z, d)}
+
+    levers = [
+        changed("10 × the users", n=10 * users, m=10 * cohort),
+        {
+            "change": "a tenth of the shared parameters",
+            "signal_to_noise": signal_to_noise(cohort, rounds, budget.noise_multiplier, max(1, d // 10)),
+        },
+        changed(f"ε_model={2 * epsilon:g} in place of {epsilon:g}", e=2 * epsilon),
+        changed("4 × the rounds", t=4 * rounds),
+    ]
+    if cohort < users:
+        levers.append(changed(f"a cohort of {min(4 * cohort, users)}", m=min(4 * cohort, users)))
+    return budget.statement(rounds, rounds) | {
+        "users": users,
+        "cohort": cohort,
+        "rounds": rounds,
+        "parameters": d,
+        "signal_to_noise": ratio,
+        "verdict": _verdict(users, d, ratio, epsilon, budget.delta),
+        "levers": levers,
+    }
+
+
+def make_curve(plan: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Pairs (ε_model, signal-to-noise) along the noise, for the plan and for two levers, each at its own δ."""
+    users, cohort, rounds, d = (plan[name] for name in ("users", "cohort", "rounds", "parameters"))
+    multipliers = [plan["noise_multiplier"] * 2 ** (step / 2) for step in range(-1, 6)]
+
+    def along(n: int, m: int, delta: float, parameters: int) -> list[tuple[float, float]]:
+        return [
+            (epsilon_model_pld(z, cohort / users, rounds, delta), signal_to_noise(m, rounds, z, parameters))
+            for z in multipliers
+        ]
+
+    return {
+        f"{users:,} users, {d:,} parameters": along(users, cohort, plan["delta"], d),
+        "a tenth of the parameters": along(users, cohort, plan["delta"], max(1, d // 10)),
+        "10 × the users, the same part of them in a cohort": along(
+            10 * users, 10 * cohort, min(plan["delta"], default_delta(10 * users)), d
+        ),
+    }
+
+
+def _verdict(users: int, parameters: int, ratio: float, epsilon: float, delta: float) -> str:
+    asked = f"ε_model={epsilon:g} at δ={delta:.2g} for {parameters:,} shared parameters"
+    if ratio < NEEDED:
+        words = (
+            f"{users:,} users cannot support {asked}: the noise is {1 / ratio:.1f} times the signal. "
+            "Expect popularity-level quality."
+        )
+    elif ratio < AMPLE:
+        words = (
+            f"{users:,} users support {asked} in part: the signal is {ratio:.1f} times the noise. Expect something "
+            "between popularity and the model without noise, and measure which."
+        )
+    else:
+        words = (
+            f"{users:,} users can support {asked}: the signal is {ratio:.0f} times the noise, which is then not what "
+            "limits quality."
+        )
+    if delta >= 1 / users:
+        words += f" δ={delta:.2g} is not below 1/{users}: that permits to reveal one user outright."
+    return words

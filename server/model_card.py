@@ -1,0 +1,111 @@
+"""`model-card.md`: what a run's model is and what it cost, from its report and settings alone.
+
+What was not measured is left out or said to be; no ε stands without its unit, δ, adjacency and observer.
+Test: ``tests/unit/test_model_card.py``.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from common.settings import Settings
+
+
+def model_card(report: Mapping[str, Any], settings: Settings) -> str:
+    """The card in Markdown.
+
+    Args:
+        report: of :func:`server.report.build_report`.
+    """
+    return (
+        "\n".join((*_model(report, settings), *_privacy(report["privacy"]), *_quality(report), *_limits(report))) + "\n"
+    )
+
+
+def _model(report: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+    objective, model = settings.objective, settings.model
+    yield "# Model card"
+    yield ""
+    yield (
+        f"A recommender trained by fedtopk: status {report['status']}, {report['rounds']} rounds over "
+        f"{report['devices']} devices."
+    )
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    yield f"| objective | `{objective.estimator}`, slates of {objective.slate_size} |"
+    yield f"| architecture | {model.cell}, {report['parameters']:,} shared parameters, beside each device's own |"
+    yield f"| data | `data.source={settings.data.source}`; no history left its device |"
+    yield f"| sums | `aggregation.kind={report['aggregation']['kind']}`, {report['client_updates']} updates in them |"
+    yield "| meant for | ranking a public catalogue's items for the holder of a device, on that device |"
+    yield "| not meant for | statements about single users, or decisions about them |"
+    yield ""
+
+
+def _privacy(privacy: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Privacy"
+    yield ""
+    if "epsilon_model" not in privacy:
+        yield "No noise was added: the model may reveal any of its users' histories, and no ε is given."
+        yield ""
+        return
+    yield "| figure | value | δ | unit | adjacency | observer |"
+    yield "|---|---|---|---|---|---|"
+    for name, words in (("epsilon_model", "ε_model"), ("epsilon_server", "ε_server")):
+        yield _figure(words, name, privacy)
+    if "population" in privacy:
+        for name, words in (("epsilon_model", "ε_model"), ("epsilon_server", "ε_server")):
+            yield _figure(
+                f"{words}, all {privacy['population']['runs']} runs over these users", name, privacy["population"]
+            )
+    yield ""
+    yield f"ε_server holds under {privacy['epsilon_server_holds_under']}."
+    if privacy["noise"] != "cryptographic":
+        yield f"**The noise is {privacy['noise']}: whoever knows the seed can take it away, and neither figure holds.**"
+    yield (
+        f"Mechanism `{privacy['mechanism']}`, noise multiplier {privacy['noise_multiplier']:.4g}, clip norm "
+        f"{privacy['clip_norm']:g}, {privacy['releases']} releases. Catalogue: {privacy['catalogue']}."
+    )
+    yield "That sampling amplifies Skellam noise as it does the Gaussian is assumed (docs/threat-model.md)."
+    yield "`fedtopk privacy verify` recomputes both figures from the run's event log with a second accountant."
+    yield ""
+
+
+def _figure(words: str, name: str, privacy: Mapping[str, Any]) -> str:
+    cells = (words, f"{privacy[name]:.4g}", f"{privacy['delta']:.3g}", f"one {privacy['unit']}")
+    return "| " + " | ".join((*cells, privacy["adjacency"][name], privacy["observer"][name])) + " |"
+
+
+def _quality(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Quality"
+    yield ""
+    if "evaluation" not in report:
+        yield "Not measured."
+        yield ""
+        return
+    evaluation = report["evaluation"]
+    yield f"{evaluation['protocol']}, full ranking, {evaluation['users']} users; 95 % intervals over users."
+    yield ""
+    yield "| | HR@10 | NDCG@10 |"
+    yield "|---|---|---|"
+    rows = (
+        ("this model", evaluation),
+        ("popularity", evaluation["popularity"]),
+        ("first-order Markov", evaluation["markov"]),
+    )
+    for name, row in rows:
+        cells = (f"{row[m]:.3f} [{row[m + '_ci95'][0]:.3f}, {row[m + '_ci95'][1]:.3f}]" for m in ("hr@10", "ndcg@10"))
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    if evaluation["hr@10_ci95"][0] <= evaluation["popularity"]["hr@10_ci95"][1]:
+        yield "By HR@10 the model is not shown to be better than popularity: the intervals touch, or it is worse."
+        yield ""
+
+
+def _limits(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Limits"
+    yield ""
+    yield "- Next-item accuracy rewards repeating the log; it does not judge a policy that corrects the log's bias."
+    yield "- A device can poison its update within the clip norm; nothing proves that updates are honest."
+    yield "- What makes a figure above false, and what prevents it: docs/sharp-edges.md."
+    if "log" in report:
+        yield f"- Of the event log's {report['log']['events']} events, the last digest is `{report['log']['digest']}`."

@@ -1,0 +1,144 @@
+"""`fedtopk privacy`: what a budget allows, what was spent, and whether that is so."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from common.console import Format, answer, stderr
+from common.errors import RunError
+from server.cli import PassphraseOption, read_passphrase
+
+privacy_app = typer.Typer(help="Plan a budget; state and verify what was spent.", no_args_is_help=True)
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
+
+
+@privacy_app.command()
+def plan(
+    users: Annotated[int, typer.Option("--users", help="N, devices in all.")],
+    cohort: Annotated[int, typer.Option("--cohort", help="Expected devices in a round.")],
+    rounds: Annotated[int, typer.Option("--rounds", help="T, releases of the model.")],
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", help="Target of ε_model: a user added or removed, who sees every model.")
+    ],
+    delta: Annotated[float, typer.Option("--delta", help="δ of both figures; by default N^-1.1.")] = 0.0,
+    parameters: Annotated[int, typer.Option("--parameters", help="Shared numbers; by default the model's.")] = 0,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="F.png", help="Draw the curve, too.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting.")] = None,
+    format: FormatOption = "text",
+) -> None:
+    """Say what a target of ε_model costs before anything is trained: noise, both ε, signal, verdict and levers."""
+    from common.privacy.planning import make_curve, make_plan
+
+    if picture is not None:
+        from server.durable import make_folder, replacing
+        from simulations.privacy_picture import draw
+
+        make_folder(picture.parent)
+    with stderr.status("accounting"):
+        found = make_plan(users, cohort, rounds, epsilon, delta, parameters, overrides or [])
+        if picture is not None:
+            with replacing(picture) as temporary:
+                draw(make_curve(found), found, temporary)
+    answer(format, found, lambda: _plan_text(found))
+
+
+@privacy_app.command()
+def verify(
+    subject: Annotated[
+        Path, typer.Argument(metavar="RUN|STATEMENT|LEDGER", help="Run folder, signed statement, population's ledger.")
+    ],
+    statement: Annotated[
+        Path | None, typer.Option("--statement", metavar="F.json", help="Hold a run against what was stated of it.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="HEX", help="Public key that the statement must be signed with.")
+    ] = None,
+    format: FormatOption = "text",
+) -> None:
+    """Recompute ε from the events alone with a second accountant, and check that the log is whole; 1 if not."""
+    from server.statement import read_statement
+    from server.store import open_store_read_only
+    from server.verification import Check, read_log, report_of, verify_folder
+
+    if subject.is_dir():
+        checks, figures = verify_folder(subject)
+        if statement is not None:
+            stated = read_statement(statement)
+            checks += [replace(check, check=f"statement: {check.check}") for check in stated.verify(key)[0]]
+            with open_store_read_only(subject) as store:
+                try:
+                    checks.append(stated.covers(read_log(store)))
+                except RunError as error:
+                    checks.append(Check("statement", False, str(error)))
+    elif statement is not None:
+        raise RunError(f"Expected {subject} to be the folder of a run, to hold a statement against.")
+    else:
+        checks, figures = read_statement(subject).verify(key)
+    found = report_of(checks, figures)
+    answer(format, found, lambda: _verification_text(found))
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@privacy_app.command("statement")
+def state(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that ended.")],
+    key: Annotated[
+        Path, typer.Option("--key", metavar="F", help="Ed25519 key to sign with: a server's publisher.key.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="F.json", help="File for the statement.")],
+    passphrase: PassphraseOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Write a signed statement of what a run released, when, and at which ε."""
+    from server.durable import make_folder, replacing
+    from server.run_folder import RunFolder
+    from server.signing_key import read_signing_key
+    from server.statement import Statement
+
+    made = Statement.make(RunFolder(run), read_signing_key(key, read_passphrase(passphrase)), time.time())
+    make_folder(out.parent)
+    with replacing(out) as file:
+        file.write_text(made.to_json(), encoding="utf-8")
+    found = {"statement": str(out), "publisher": made.publisher}
+    answer(format, found, lambda: f"Signed by {made.publisher}: {out}. Give it to those who are to hold you to it.")
+
+
+def figures_text(figures: dict[str, Any]) -> str:
+    """Both ε with all that they mean, a line each."""
+    if "epsilon_model" not in figures:
+        return "No noise was added: no ε can be given."
+    lines = [
+        f"ε_model {figures['epsilon_model']:.4g} at δ={figures['delta']:.3g}, unit: one {figures['unit']}; "
+        f"adjacency: {figures['adjacency']['epsilon_model']}; observer: {figures['observer']['epsilon_model']}",
+        f"ε_server {figures['epsilon_server']:.4g} at δ={figures['delta']:.3g}, unit: one {figures['unit']}; "
+        f"adjacency: {figures['adjacency']['epsilon_server']}; observer: {figures['observer']['epsilon_server']}",
+    ]
+    return "\n".join(lines)
+
+
+def _plan_text(found: dict[str, Any]) -> Group:
+    table = Table("what would change it", "signal-to-noise")
+    for lever in found["levers"]:
+        table.add_row(lever["change"], f"{lever['signal_to_noise']:.2g}")
+    return Group(
+        found["verdict"],
+        f"noise multiplier {found['noise_multiplier']:.4g}, signal-to-noise {found['signal_to_noise']:.2g}: an upper "
+        "estimate, as if every round's update pointed the same way",
+        figures_text(found),
+        table,
+    )
+
+
+def _verification_text(found: dict[str, Any]) -> Group:
+    table = Table("", "check", "found")
+    for check in found["checks"]:
+        table.add_row("ok" if check["ok"] else "FAILED", check["check"], check["found"])
+    figures = [f"Recomputed: {figures_text(found['privacy'])}"] if "delta" in found["privacy"] else []
+    return Group(table, *figures, "Verified." if found["ok"] else "NOT verified.")
