@@ -1,6 +1,7 @@
 """Opens a run's training in its folder: model, budget, ledger and events put together."""
 
 import time
+from dataclasses import asdict
 
 import torch
 
@@ -8,15 +9,19 @@ from common.model import initialise
 from common.privacy.budget import make_budget
 from common.settings import Settings
 from server.cohort import Cohort
+from server.controls import Controls
 from server.events import Events
 from server.ledger import Ledger
 from server.run_folder import RunFolder
 from server.store import Store
 from server.training import Training
 
+OPENED = "opened"
+"""Kind of the event that tells what a run is of: sizes, and what its figures of privacy follow from."""
+
 
 def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: Cohort, items: int) -> Training:
-    """A training at its first round, with the model drawn from `training.seed`.
+    """A training at its first round, with the model drawn from `training.seed`; the log says what it is of.
 
     Args:
         items: A, the size of the catalogue.
@@ -34,4 +39,15 @@ def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: C
         repeatable=settings.reproducible,
         clock=time.time,
     )
-    return Training(settings, parameters, cohort, budget, ledger, Events(store, time.time), folder.checkpoints)
+    events = Events(store, time.time)
+    events.record(
+        OPENED,
+        devices=cohort.devices,
+        items=items,
+        parameters=dimension,
+        allowed_releases=budget.allowed_releases,
+        noise_multiplier=budget.noise_multiplier,
+        account=asdict(budget.account) if budget.account else None,
+    )
+    controls = Controls(store, events)
+    return Training(settings, parameters, cohort, budget, ledger, events, controls, folder.checkpoints)

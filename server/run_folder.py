@@ -21,6 +21,7 @@ from server.events import EventReader, Events
 from server.store import DATABASE, Store, open_store
 
 _BEGUN = "begun"
+ABORTED = "aborted"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class RunFolder:
         """The store of a new run, whose settings are written, or of one that is to go on.
 
         Raises :class:`RunError` if the folder cannot be written to, is in use, already holds a run, or, to go on, holds
-        other settings than the run was begun with: its ledger and its noise would not be those of its report.
+        a run that was aborted, or other settings than the run was begun with: its ledger and its noise would not be
+        those of its report.
         """
         if not resume:
             self.expect_new()
@@ -65,6 +67,8 @@ class RunFolder:
             digest = sha256(settings.to_toml().encode()).hexdigest()
             if resume:
                 begun = EventReader(store).read(kinds=[_BEGUN])
+                if EventReader(store).read(kinds=[ABORTED]):
+                    raise RunError(f"Expected {self.path} to hold a run that may go on: this one was aborted.")
                 if not begun or begun[0].fields["settings"] != digest:
                     raise RunError(f"Expected {self.settings_file} to be as it was when the run was begun.")
             else:
