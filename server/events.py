@@ -11,6 +11,9 @@ from sqlalchemy import insert, select
 
 from server.store import Store, event_table
 
+OPENED = "opened"
+"""Kind of the event that tells what a run is of: sizes, and what its figures of privacy follow from."""
+
 
 @dataclass(frozen=True)
 class Event:

@@ -10,14 +10,11 @@ from common.privacy.budget import make_budget
 from common.settings import Settings
 from server.cohort import Cohort
 from server.controls import Controls
-from server.events import Events
+from server.events import OPENED, Events
 from server.ledger import Ledger
 from server.run_folder import RunFolder
 from server.store import Store
 from server.training import Training
-
-OPENED = "opened"
-"""Kind of the event that tells what a run is of: sizes, and what its figures of privacy follow from."""
 
 
 def open_training(settings: Settings, folder: RunFolder, store: Store, cohort: Cohort, items: int) -> Training:

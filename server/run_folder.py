@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
-from torch import Tensor
 
 from common.errors import RunError
-from common.model import Parameters
 from common.settings import Settings, load_settings
 from server.durable import replacing
 from server.events import EventReader, Events
 from server.store import DATABASE, Store, open_store
+
+if TYPE_CHECKING:  # torch takes seconds to import, and whoever only looks at a run does without
+    from torch import Tensor
+
+    from common.model import Parameters
 
 _BEGUN = "begun"
 ABORTED = "aborted"
@@ -86,13 +87,17 @@ class RunFolder:
             raise RunError(f"Expected {self.path} to hold a run: {self.settings_file.name} is missing.")
         return load_settings(self.settings_file)
 
-    def save_model(self, parameters: Parameters) -> None:
+    def save_model(self, parameters: "Parameters") -> None:
         """Write the shared model, atomically."""
+        from safetensors.torch import save_file
+
         with replacing(self.model_file) as file:
             save_file({name: value.contiguous() for name, value in parameters.items()}, file)
 
-    def load_model(self) -> dict[str, Tensor]:
+    def load_model(self) -> dict[str, "Tensor"]:
         """The shared model of a run that ended. Raises :class:`RunError`."""
+        from safetensors.torch import load as load_tensors
+
         try:
             return load_tensors(self.model_file.read_bytes())
         except OSError as error:
