@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, inspect, select, update
 
 from common.errors import Aborted, Conflict
 from server.events import Events
@@ -54,8 +54,10 @@ class Command:
 
 
 def read_commands(store: Store) -> list[Command]:
-    """All commands ever given, in their order. Raises :class:`RunError`."""
+    """All commands ever given, in their order; none of a run that knew no commands. Raises :class:`RunError`."""
     with store.transaction() as connection:
+        if not inspect(connection).has_table(command_table.name):
+            return []
         return [Command(*row) for row in connection.execute(select(command_table).order_by(command_table.c.id))]
 
 

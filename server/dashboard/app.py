@@ -1,6 +1,6 @@
 """The dashboard's routes. Nothing here writes to a run but :func:`server.controls.request`.
 
-Pages stand still; what changes on them comes over one stream of server-sent events, whose first message holds all of it.
+Pages stand still; what changes on them comes over one stream of server-sent events, whose first message holds it all.
 A browser that lost the stream connects again by itself and is sent everything anew, so that there are no gaps.
 """
 
@@ -26,9 +26,11 @@ from server.controls import ACTIONS
 from server.controls import request as request_command
 from server.dashboard.access import COOKIE, Access, is_loopback
 from server.dashboard.compare import compare_parts
+from server.dashboard.course import explained
 from server.dashboard.openmetrics import CONTENT_TYPE, exposition
 from server.dashboard.runs import Runs
 from server.dashboard.view import SECTIONS, run_parts, static_file, templates
+from server.run_lock import is_running
 
 Preview = Callable[[Path, int], Mapping[str, Any]]
 """``preview(run, user)``: what a simulated user has seen and would be shown; raises FedtopkError."""
@@ -140,9 +142,10 @@ class Dashboard:
         def parts() -> dict[str, Any]:
             try:
                 course, spending = self._runs.course(name)
+                with explained(course.folder.path):
+                    return run_parts(name, course, spending, operator)
             except FedtopkError as error:
                 return {"html": {"status": templates.get_template("parts/problem.html").render(words=str(error))}}
-            return run_parts(name, course, spending, operator)
 
         return self._stream(request, parts)
 
@@ -208,7 +211,7 @@ class Dashboard:
 
     def _ask(self, name: str, folder: Path, action: Any, expected: int, origin: str) -> int:
         course, _ = self._runs.course(name)
-        if not course.running or course.end is not None:
+        if not is_running(folder) or course.end is not None:
             raise Conflict(f"Expected {name} to be running; it is {course.state}, and nobody would answer.")
         return request_command(folder, action, expected, origin)
 
@@ -235,10 +238,9 @@ class _Guarded:
         free = request.url.path == "/login" or request.url.path.startswith("/static/")
         if free or self._access.may_look(request):
             return await self._app(scope, receive, with_headers)
-        words = {"operator": False, "csrf": "", "path": request.url.path, "title": "Token needed"}
-        page = templates.get_template("problem.html").render(
-            words | {"words": "This page is for those with the token."}
-        )
+        words = {"title": "Token needed", "words": "This page is for those with the token."}
+        common = {"operator": False, "csrf": "", "path": request.url.path}
+        page = templates.get_template("problem.html").render(common | words)
         return await HTMLResponse(page, 401)(scope, receive, with_headers)
 
 

@@ -136,7 +136,7 @@ def _band(line: Line, colour: str) -> list[dict[str, Any]]:
 
 
 def _heat_option(heat: Heat) -> dict[str, Any]:
-    names = [_between(low, high) for low, high in zip(heat.bounds[:-1], heat.bounds[1:], strict=True)]
+    names = [f"{low:.2g} up" for low in heat.bounds[:-1]]
     cells = [
         [column, bin_, float(f"{heat.shares[column, bin_]:.3g}")]
         for column, bin_ in zip(*np.nonzero(heat.shares > 0), strict=True)
@@ -147,10 +147,6 @@ def _heat_option(heat: Heat) -> dict[str, Any]:
         "visualMap": {"min": 0, "max": float(f"{max(heat.shares.max(initial=0), 1e-9):.3g}")},
         "series": [{"type": "heatmap", "data": [[int(a), int(b), c] for a, b, c in cells], "name": heat.title}],
     }
-
-
-def _between(low: float, high: float) -> str:
-    return f"{low:.3g}–{high:.3g}"
 
 
 def _rounded(values: Numbers) -> list[float | None]:

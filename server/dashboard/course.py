@@ -2,8 +2,13 @@
 
 import json
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from common.errors import FedtopkError, RunError
 from common.settings import Settings
@@ -21,6 +26,16 @@ _ENDS = ("finished", "stopped", "aborted", "budget spent", "failed")
 _ROUNDS = ("round", "simulation", "validation")
 _FAILED = "attempt failed"
 _OTHERS = (OPENED, "begun", "simulated", "stage", _FAILED, "dropouts", COMMAND, "resumed", "delivered")
+_EXPECTED: dict[str, dict[str, Any]] = {
+    "round": {"members": int, "survivors": int},
+    "stage": {"stage": str, "attempt": int, "asked": int, "answers": int, "seconds": int | float},
+    "simulated": {"bounds": dict},
+    _FAILED: {"attempt": int, "reason": str},
+    "dropouts": {"reasons": dict},
+    COMMAND: {"action": str, "answer": str},
+    "failed": {"reason": str},
+}
+"""What the events hold that pages rely on."""
 _TAIL = 400
 """Events of the log that are kept."""
 _FAILURES = 100
@@ -110,6 +125,11 @@ class Course:
 
     def _take(self, event: Event) -> None:
         self.last_id = event.id
+        if not isinstance(event.fields, dict):
+            raise TypeError(f"event {event.id}, {event.kind}")
+        for name, kind in _EXPECTED.get(event.kind, {}).items():
+            if not isinstance(event.fields[name], kind):
+                raise TypeError(f"event {event.id}, {event.kind}: {name}")
         self.log.append(event)
         fields, round_ = event.fields, event.round or 0
         if event.kind in _ROUNDS:
@@ -150,11 +170,17 @@ def read_course(folder: RunFolder) -> Course:
 
 def update(course: Course) -> None:
     """:meth:`Course.update`, where whatever another program left in the folder is a :class:`RunError`, too."""
-    try:
+    with explained(course.folder.path):
         course.update()
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Raises :class:`RunError` where something in the folder is not what this version would have written."""
+    try:
+        yield
     except FedtopkError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"Expected {course.folder.path} to hold what this version records: {type(error).__name__} {error}."
-        ) from None
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        kind = type(error).__name__
+        raise RunError(f"Expected {folder} to hold what this version records: {kind} {error}.") from None

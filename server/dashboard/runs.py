@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import FedtopkError, RunError
-from server.dashboard.course import Course, update
+from server.dashboard.course import Course, explained, update
 from server.dashboard.folders import find_runs
 from server.dashboard.spending import Spending
 from server.dashboard.view import run_facts, templates
@@ -80,7 +80,9 @@ class Runs:
         rows = []
         for name in self.names():
             try:
-                rows.append(run_facts(name, *self._course(name)) | {"problem": ""})
+                course, spending = self._course(name)
+                with explained(course.folder.path):
+                    rows.append(run_facts(name, course, spending) | {"problem": ""})
             except FedtopkError as error:
                 rows.append({"name": name, "problem": str(error)})
         template = templates.get_template("parts/runs.html")

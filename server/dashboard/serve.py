@@ -17,6 +17,7 @@ from common.errors import MissingDependency, RunError, SettingsError
 from common.processes import program, running
 from server.dashboard.access import Access
 from server.dashboard.app import Dashboard, Preview
+from server.durable import make_folder
 
 PORT = 8420
 _GRACE_SECONDS = 2
@@ -103,6 +104,7 @@ def beside(run: Path, wanted: bool) -> Iterator[None]:
         yield
         return
     echarts_folder()
+    make_folder(run)
     words = [program("fedtopk"), "dashboard", str(run), "--port", "0"]
     with running(words, {}, sys.stderr.fileno()):
         yield

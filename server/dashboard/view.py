@@ -202,7 +202,7 @@ def _allowed(action: str, course: Course) -> bool:
 
 def _in_words(event: Event) -> str:
     """An event's fields in one line; of lists only their length."""
-    return ", ".join(f"{name} {_brief(value)}" for name, value in event.fields.items())
+    return ", ".join(f"{name} {_brief(value)}" for name, value in event.fields.items() if value != "")
 
 
 def _brief(value: Any) -> str:
