@@ -6,6 +6,7 @@ A browser that lost the stream connects again by itself and is sent everything a
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ Preview = Callable[[Path, int], Mapping[str, Any]]
 """``preview(run, user)``: what a simulated user has seen and would be shown; raises FedtopkError."""
 
 _TICK_SECONDS = 1.0
+_SHARE = 0.02
+"""Of a core, that one viewer of a run may cost: the longer the run, the rarer its news."""
 _BODY = 4096
 """Longest body of a request."""
 _HEADERS = {
@@ -139,12 +142,19 @@ class Dashboard:
     async def _stream_run(self, request: Request) -> Response:
         name, operator = request.path_params["name"], self._access.is_operator(request)
 
+        seen: Any = None
+
         def parts() -> dict[str, Any]:
+            nonlocal seen
             try:
                 course, spending = self._runs.course(name)
+                before, seen = seen, (course.version, spending.version)
+                if seen == before:
+                    return {}
                 with explained(course.folder.path):
                     return run_parts(name, course, spending, operator)
             except FedtopkError as error:
+                seen = None
                 return {"html": {"status": templates.get_template("parts/problem.html").render(words=str(error))}}
 
         return self._stream(request, parts)
@@ -153,7 +163,7 @@ class Dashboard:
         async def messages() -> AsyncIterator[str]:
             sent: dict[tuple[str, str], Any] = {}
             while not self.closing.is_set():
-                found = await anyio.to_thread.run_sync(parts)
+                found, seconds = await anyio.to_thread.run_sync(lambda: _timed(parts))
                 news: dict[str, dict[str, Any]] = {}
                 for kind, values in found.items():
                     for key, value in values.items():
@@ -162,7 +172,7 @@ class Dashboard:
                             news.setdefault(kind, {})[key] = value
                 yield f"data: {json.dumps(news, ensure_ascii=False)}\n\n" if news else ": alive\n\n"
                 try:
-                    await asyncio.wait_for(self.closing.wait(), _TICK_SECONDS)
+                    await asyncio.wait_for(self.closing.wait(), max(_TICK_SECONDS, seconds / _SHARE))
                 except TimeoutError:
                     continue
 
@@ -242,6 +252,13 @@ class _Guarded:
         common = {"operator": False, "csrf": "", "path": request.url.path}
         page = templates.get_template("problem.html").render(common | words)
         return await HTMLResponse(page, 401)(scope, receive, with_headers)
+
+
+def _timed(parts: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """What they are, and the CPU seconds that they took."""
+    start = time.thread_time()
+    found = parts()
+    return found, time.thread_time() - start
 
 
 def _own(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:

@@ -105,6 +105,12 @@ class Course:
         return "paused" if self.paused else "running" if self.rounds else "starting"
 
     @property
+    def version(self) -> tuple[object, ...]:
+        """Differs as soon as anything does that pages show."""
+        answered = sum(command.answered_at is not None for command in self.commands)
+        return self.last_id, self.running, len(self.commands), answered, bool(self.report)
+
+    @property
     def round(self) -> int:
         """The newest round that was completed."""
         return max(self.rounds, default=0)

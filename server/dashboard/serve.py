@@ -21,7 +21,7 @@ from server.durable import make_folder
 
 PORT = 8420
 _GRACE_SECONDS = 2
-_NICE = 15
+_NICE = 5
 """The machine is the run's: the dashboard takes what is left."""
 
 
