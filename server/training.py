@@ -100,6 +100,7 @@ class Training:
 
         Raises :class:`CheckpointError` and :class:`ModelError` where it is damaged or does not fit.
         """
+        self.controls.refuse("the process that it was meant for had ended", self._round)
         checkpoint = load_latest(self.checkpoints)
         if checkpoint is None:
             return
@@ -114,7 +115,6 @@ class Training:
         self._dropouts = int(checkpoint.metadata["dropouts"])
         self._seconds = float(checkpoint.metadata["seconds"])
         self.ledger.reconcile(checkpoint.round)
-        self.controls.refuse("the process that it was meant for had ended", self._round)
         self.events.record("resumed", self._round)
 
     @one_thread()  # several would wait for each other where the devices' processes keep the cores busy

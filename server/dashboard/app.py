@@ -27,9 +27,10 @@ from server.controls import ACTIONS
 from server.controls import request as request_command
 from server.dashboard.access import COOKIE, Access, is_loopback
 from server.dashboard.compare import compare_parts
-from server.dashboard.course import explained
+from server.dashboard.course import Course
 from server.dashboard.openmetrics import CONTENT_TYPE, exposition
 from server.dashboard.runs import Runs
+from server.dashboard.spending import Spending
 from server.dashboard.view import SECTIONS, run_parts, static_file, templates
 from server.run_lock import is_running
 
@@ -99,14 +100,7 @@ class Dashboard:
         name = request.path_params["name"]
         if self._runs.path(name) is None:
             return self._page(request, "problem.html", 404, title="No such run", words=f"There is no run {name}.")
-        return self._page(
-            request,
-            "run.html",
-            name=name,
-            stream=f"/stream/run/{quote(name)}",
-            sections=SECTIONS,
-            preview=self._preview is not None,
-        )
+        return self._page(request, "run.html", name=name, stream=f"/stream/run/{quote(name)}", sections=SECTIONS)
 
     async def _compare(self, request: Request) -> Response:
         names = await anyio.to_thread.run_sync(lambda: list(self._runs.names()))
@@ -137,22 +131,23 @@ class Dashboard:
 
     async def _stream_compare(self, request: Request) -> Response:
         names = request.query_params.getlist("run")
-        return self._stream(request, lambda: compare_parts(self._runs.courses(names)))
+        return self._stream(request, lambda: self._runs.show_all(names, compare_parts))
 
     async def _stream_run(self, request: Request) -> Response:
         name, operator = request.path_params["name"], self._access.is_operator(request)
+        previewed = self._preview is not None
 
         seen: Any = None
+
+        def news(course: Course, spending: Spending) -> dict[str, Any]:
+            nonlocal seen
+            before, seen = seen, (course.version, spending.version)
+            return {} if seen == before else run_parts(name, course, spending, operator, previewed)
 
         def parts() -> dict[str, Any]:
             nonlocal seen
             try:
-                course, spending = self._runs.course(name)
-                before, seen = seen, (course.version, spending.version)
-                if seen == before:
-                    return {}
-                with explained(course.folder.path):
-                    return run_parts(name, course, spending, operator)
+                return self._runs.show(name, news)
             except FedtopkError as error:
                 seen = None
                 return {"html": {"status": templates.get_template("parts/problem.html").render(words=str(error))}}
@@ -179,7 +174,7 @@ class Dashboard:
         return StreamingResponse(messages(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     async def _metrics(self, request: Request) -> Response:
-        text = await anyio.to_thread.run_sync(lambda: exposition(self._runs.courses(self._runs.names())))
+        text = await anyio.to_thread.run_sync(lambda: self._runs.show_all(self._runs.names(), exposition))
         return Response(text, media_type=CONTENT_TYPE)
 
     # What an operator does
@@ -220,9 +215,9 @@ class Dashboard:
         return JSONResponse({"command": given}, 202)
 
     def _ask(self, name: str, folder: Path, action: Any, expected: int, origin: str) -> int:
-        course, _ = self._runs.course(name)
-        if not is_running(folder) or course.end is not None:
-            raise Conflict(f"Expected {name} to be running; it is {course.state}, and nobody would answer.")
+        state, ended = self._runs.show(name, lambda course, spending: (course.state, course.end is not None))
+        if ended or not is_running(folder):
+            raise Conflict(f"Expected {name} to be running; it is {state}, and nobody would answer.")
         return request_command(folder, action, expected, origin)
 
 

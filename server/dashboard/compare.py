@@ -26,6 +26,8 @@ _CURVES: dict[str, tuple[str, str, str]] = {
 def compare_parts(courses: Mapping[str, tuple[Course, Spending]]) -> dict[str, Any]:
     """What the page is sent."""
     drawn = {panel.id: drawing(panel, "curves") for panel in _overlays({n: c for n, (c, _) in courses.items()})}
+    for panel in drawn.values():
+        panel["option"]["legend"]["show"] = True  # also of one run: which it is
     facts = {
         "names": list(courses),
         "figures": _figures(courses),

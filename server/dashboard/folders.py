@@ -8,33 +8,23 @@ from server.store import DATABASE
 
 _SETTINGS = "settings.toml"
 _DEPTH = 4
-_INSIDE = {"checkpoints", "tensorboard", "fleet", "report"}
-"""Folders of a run that hold no runs."""
 
 
 def find_runs(root: Path) -> Mapping[str, Path]:
     """Run folders by name, the path below `root`; `root` itself by its own name where it is one. Symlinks are ignored.
 
-    A folder counts as soon as it holds a run's database or settings, in whatever condition they are.
+    A folder counts as soon as it holds a run's database or settings, in whatever condition they are; what is inside of
+    it belongs to that run.
     """
-    if _is_run(os.listdir(root) if root.is_dir() else []):
-        return {_printable(root.resolve().name): root} | _below(root)
-    return _below(root)
-
-
-def _below(root: Path) -> dict[str, Path]:
     found = {}
     for here, folders, files in os.walk(root):
         folder = Path(here)
         depth = len(folder.relative_to(root).parts)
-        folders[:] = sorted(name for name in folders if depth < _DEPTH and name not in _INSIDE and name[0] != ".")
-        if depth and _is_run(files):
-            found[_printable(str(folder.relative_to(root)))] = folder
+        if DATABASE in files or _SETTINGS in files:
+            found[_printable(str(folder.relative_to(root)) if depth else folder.resolve().name)] = folder
+            folders.clear()
+        folders[:] = sorted(name for name in folders if depth < _DEPTH and name[0] != ".")
     return found
-
-
-def _is_run(files: list[str]) -> bool:
-    return DATABASE in files or _SETTINGS in files
 
 
 def _printable(name: str) -> str:

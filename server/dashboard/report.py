@@ -42,7 +42,11 @@ def write_report(run: Path, to: Path) -> dict[str, str]:
                 entry["picture"] = base64.b64encode(content.getvalue()).decode()
             shown.append(entry)
         sections.append((section, SECTIONS[section], shown))
-    facts = run_facts(run.resolve().name, course, spending) | {"operator": False, "sections": sections}
+    facts = run_facts(run.resolve().name, course, spending) | {
+        "operator": False,
+        "preview": False,
+        "sections": sections,
+    }
     page = templates.get_template("report.html").render(facts | {"style": static_file("style.css").decode()})
     with replacing(to / "report.html") as file:
         file.write_text(page, encoding="utf-8")

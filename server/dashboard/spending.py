@@ -69,7 +69,8 @@ class Spending:
             self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
         for point in sorted({round(last * (step / _POINTS) ** 2) for step in range(_POINTS + 1)}):
             if point not in self.curve:
-                self.curve[point] = (account.epsilon_model(point), account.epsilon_server(point))
+                figures = (account.epsilon_model(point), account.epsilon_server(point))
+                self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
 
 
 def _ends_at(course: Course) -> int:

@@ -88,9 +88,9 @@ templates = Environment(
 templates.filters |= {"quantity": quantity, "duration": duration, "size": size, "moment": moment}
 
 
-def run_parts(name: str, course: Course, spending: Spending, operator: bool) -> dict[str, Any]:
+def run_parts(name: str, course: Course, spending: Spending, operator: bool, preview: bool) -> dict[str, Any]:
     """What the page of a run is sent: ``{"html": {fragment: HTML}, "panels": {id: panel}}``."""
-    facts = run_facts(name, course, spending) | {"operator": operator}
+    facts = run_facts(name, course, spending) | {"operator": operator, "preview": preview}
     html = {part: templates.get_template(f"parts/{part}.html").render(facts) for part in _FRAGMENTS}
     drawn = {panel.id: drawing(panel, section) for section, row in panels(course, spending).items() for panel in row}
     return {"html": html, "panels": drawn}

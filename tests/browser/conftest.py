@@ -63,7 +63,7 @@ def training(out: Path) -> Iterator[subprocess.Popen[str]]:
         yield child
 
 
-def wait_until(what: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(what: Callable[[], bool], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from server.dashboard.course import Course, read_course, update
 from server.dashboard.folders import find_runs
 from server.dashboard.panels import Missing, panels
 from server.dashboard.report import write_report
-from server.dashboard.serve import echarts_folder
+from server.dashboard.serve import echarts_folder, serve_dashboard
 from server.dashboard.spending import Spending
 from server.dashboard.view import run_parts
 from server.events import Events
@@ -74,7 +75,7 @@ def client_of(root: Path, token: str = TOKEN, host: str = "127.0.0.1", preview: 
 
 
 def parts_of(folder: Path, operator: bool = False) -> dict[str, Any]:
-    return run_parts("run", read_course(RunFolder(folder)), Spending(), operator)
+    return run_parts("run", read_course(RunFolder(folder)), Spending(), operator, True)
 
 
 def test_follows_as_a_run_grows(tmp_path: Path) -> None:
@@ -307,6 +308,23 @@ def test_another_host_needs_a_token() -> None:
         Access.of("0.0.0.0", "short")
     assert not Access.of("0.0.0.0", TOKEN).open
     assert Access.of("localhost", None).open and Access.of("::1", None).token != Access.of("::1", None).token
+
+
+def test_what_cannot_be_served_is_said_at_the_start(tmp_path: Path) -> None:
+    def serve(root: Path, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> None:
+        serve_dashboard(root, host, port, token, None, lambda line: None)
+
+    with pytest.raises(RunError, match="folder of runs"):
+        serve(tmp_path / "nothing")
+    with pytest.raises(SettingsError, match="--token"):
+        serve(tmp_path, "0.0.0.0")
+    with pytest.raises(SettingsError, match="--port"):
+        serve(tmp_path, port=70_000)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(RunError, match="free to listen on"),
+    ):
+        serve(tmp_path, port=taken.getsockname()[1])
 
 
 def test_another_host_shows_nothing_without_the_token(recorded: Path) -> None:

@@ -89,13 +89,13 @@ function dressed(option) {
   return {
     animation: !still.matches && !heat, animationDuration: 200, animationDurationUpdate: 200,
     textStyle: { color: ink, fontFamily: "system-ui, sans-serif" },
-    grid: { left: 8, right: heat ? 56 : 16, top: heat || option.legend.data.length < 2 ? 16 : 40, bottom: 30, containLabel: true },
+    grid: { left: 8, right: heat ? 56 : 16, top: heat || !(option.legend.show ?? option.legend.data.length > 1) ? 16 : 40, bottom: 30, containLabel: true },
     tooltip: { trigger: heat ? "item" : "axis", renderMode: "richText", backgroundColor: card, borderColor: line, textStyle: { color: ink, fontSize: 12 } },
     ...(heat
       ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
           text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
           inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
-      : { legend: { ...option.legend, type: "scroll", show: option.legend.data.length > 1, top: 4, textStyle: { color: ink } } }),
+      : { legend: { ...option.legend, type: "scroll", show: option.legend.show ?? option.legend.data.length > 1, top: 4, textStyle: { color: ink } } }),
     xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
     yAxis: axis({ ...option.yAxis, name: "", axisLabel: { color: quiet, hideOverlap: true, interval: heat ? 3 : undefined } }),
     series: option.series,
