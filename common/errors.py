@@ -12,7 +12,9 @@
     │   ├── ProtocolError       a message that is malformed, forged or of another attempt; names the culprit if known
     │   └── Refusal             an offer that breaks the device's own policy
     ├── RunError                a run folder that cannot be written, read or resumed
-    │   └── CheckpointError     a checkpoint that is truncated, foreign or of another version
+    │   ├── CheckpointError     a checkpoint that is truncated, foreign or of another version
+    │   ├── Conflict            a command that others were faster with, or that a run in this state cannot follow
+    │   └── Aborted             the operator broke the round off; nothing was released
     └── MissingDependency       an optional package that the command needs
 
 Messages name the value and what was expected: ``Expected privacy.clip_norm=-1 > 0.``
@@ -69,6 +71,14 @@ class RunError(FedtopkError):
 
 class CheckpointError(RunError):
     """A checkpoint is truncated, damaged, foreign or of another version."""
+
+
+class Conflict(RunError):
+    """A command that is not accepted: another one came first, or the run's state does not allow it."""
+
+
+class Aborted(RunError):
+    """The operator broke the round off; nothing of it was released."""
 
 
 class MissingDependency(FedtopkError):

@@ -14,6 +14,7 @@ from common.errors import FedtopkError, SettingsError
 from common.messages import run_digest
 from common.model import Parameters
 from common.settings import OUT, Settings, parse_flat
+from server.controls import Controls
 from server.events import Events
 from server.nodes import Nodes
 from server.population_ledger import PopulationLedger
@@ -99,17 +100,25 @@ def serve(
     with folder.open(settings, resume) as store:
         events, run = Events(store, time.time), run_digest(settings, run_id)
         nodes = Nodes(grid, deployment.timeout, _population(events, deployment.node_of))
-        cohort = SecureSum(nodes, settings, run, deployment.trust, events.record)
+        controls = Controls(store, events)
+
+        def record(kind: str, round_: int, **fields: Any) -> None:
+            events.record(kind, round_, **fields)
+            if kind == "stage":  # a round over real devices may take minutes
+                controls.expect_no_abort()
+
+        cohort = SecureSum(nodes, settings, run, deployment.trust, record)
         deployment.gather(nodes, cohort)
         training = open_training(settings, folder, store, cohort, deployment.items, deployment.population)
         if resume:
             training.resume()
         outcome = training.run(should_stop, on_round)
         folder.save_model(outcome.parameters)
-        if deployment.deliver:
+        wanted = outcome.status != "aborted"
+        if wanted and deployment.deliver:
             cohort.deliver(outcome.parameters, outcome.rounds)
         spent = settle(training, deployment.population)
-        report = build_report(training, outcome, deployment.evaluate(outcome.parameters), spent)
+        report = build_report(training, outcome, deployment.evaluate(outcome.parameters) if wanted else {}, spent)
         folder.save_report(report)
     return report
 

@@ -133,10 +133,12 @@ def server_start(
     wait: Annotated[int, typer.Option("--wait", min=0, help="Devices to begin with; 0: all that are enrolled.")] = 0,
     patience: Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for them.")] = 600.0,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a device has to answer.")] = 120.0,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Show it on a web page, on loopback.")] = False,
     format: FormatOption = "text",
 ) -> None:
     """Train over the devices that are enrolled and connect; Ctrl-C stops after the round."""
     from common.console import stderr, stopping
+    from server.dashboard.serve import beside
     from server.deployment import Service, run_server
     from server.run_folder import RunFolder
     from server.site import Site
@@ -145,6 +147,7 @@ def server_start(
     bound = site.invitation.port if port is None else port
     with (
         (folder / "superlink.log").open("ab") as log,
+        beside(out, dashboard),
         stopping("Stopping after this round; press Ctrl-C again to break it off.") as should_stop,
     ):
 
@@ -158,7 +161,7 @@ def server_start(
         service = Service(host, bound, wait, patience, timeout, log, say)
         report = run_server(site, RunFolder(out), service, resume=resume, should_stop=should_stop, on_round=told)
     answer(format, report, lambda: f"{report['status']} after {report['rounds']} rounds; run folder: {out}")
-    if report["status"] == "stopped":
+    if report["status"] in ("stopped", "aborted"):
         raise typer.Exit(130)
 
 

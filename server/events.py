@@ -17,6 +17,9 @@ from common.secagg.identity import digest
 from common.secagg.wire import numbers
 from server.store import Store, event_table
 
+OPENED = "opened"
+"""Kind of the event that tells what a run is of: sizes, and what its figures of privacy follow from."""
+
 
 @dataclass(frozen=True)
 class Event:

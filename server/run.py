@@ -1,6 +1,7 @@
 """Opens a run's training in its folder: model, budget, ledger and events put together."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from common.model import initialise
 from common.privacy.budget import make_budget
 from common.settings import Settings
 from server.cohort import Cohort
-from server.events import Events
+from server.controls import Controls
+from server.events import OPENED, Events
 from server.ledger import Ledger
 from server.population_ledger import PopulationLedger
 from server.run_folder import RunFolder
@@ -30,7 +32,7 @@ def open_training(
     items: int,
     population: PopulationLedger | None = None,
 ) -> Training:
-    """A training at its first round, with the model drawn from `training.seed`.
+    """A training at its first round, with the model drawn from `training.seed`; the log says what it is of.
 
     Args:
         items: A, the size of the catalogue.
@@ -66,7 +68,17 @@ def open_training(
         most = max(allowed, ledger.model_releases)
         attempts = ledger.attempts + ATTEMPTS * settings.training.rounds
         population.charge(events.origin, budget.spending(most, attempts), budget.delta, settled=False)
-    return Training(settings, parameters, cohort, budget, ledger, events, folder.checkpoints)
+    events.record(
+        OPENED,
+        devices=cohort.devices,
+        items=items,
+        parameters=dimension,
+        allowed_releases=budget.allowed_releases,
+        noise_multiplier=budget.noise_multiplier,
+        account=asdict(budget.account) if budget.account else None,
+    )
+    controls = Controls(store, events)
+    return Training(settings, parameters, cohort, budget, ledger, events, controls, folder.checkpoints)
 
 
 def settle(training: Training, population: PopulationLedger | None) -> dict[str, Any] | None:

@@ -6,22 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
-from torch import Tensor
 
 from common.errors import RunError
-from common.model import Parameters
 from common.settings import Settings, load_settings
 from server.durable import replacing
 from server.events import EventReader, Events
 from server.model_card import model_card
 from server.store import DATABASE, Store, open_store
 
+if TYPE_CHECKING:  # torch takes seconds to import, and whoever only looks at a run does without
+    from torch import Tensor
+
+    from common.model import Parameters
+
 _BEGUN = "begun"
+ABORTED = "aborted"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class RunFolder:
         """The store of a new run, whose settings are written, or of one that is to go on.
 
         Raises :class:`RunError` if the folder cannot be written to, is in use, already holds a run, or, to go on, holds
-        other settings than the run was begun with: its ledger and its noise would not be those of its report.
+        a run that was aborted, or other settings than the run was begun with: its ledger and its noise would not be
+        those of its report.
         """
         if not resume:
             self.expect_new()
@@ -70,6 +73,8 @@ class RunFolder:
             digest = sha256(settings.to_toml().encode()).hexdigest()
             if resume:
                 begun = EventReader(store).read(kinds=[_BEGUN])
+                if EventReader(store).read(kinds=[ABORTED]):
+                    raise RunError(f"Expected {self.path} to hold a run that may go on: this one was aborted.")
                 if not begun or begun[0].fields["settings"] != digest:
                     raise RunError(f"Expected {self.settings_file} to be as it was when the run was begun.")
             else:
@@ -87,13 +92,17 @@ class RunFolder:
             raise RunError(f"Expected {self.path} to hold a run: {self.settings_file.name} is missing.")
         return load_settings(self.settings_file)
 
-    def save_model(self, parameters: Parameters) -> None:
+    def save_model(self, parameters: "Parameters") -> None:
         """Write the shared model, atomically."""
+        from safetensors.torch import save_file
+
         with replacing(self.model_file) as file:
             save_file({name: value.contiguous() for name, value in parameters.items()}, file)
 
-    def load_model(self) -> dict[str, Tensor]:
+    def load_model(self) -> dict[str, "Tensor"]:
         """The shared model of a run that ended. Raises :class:`RunError`."""
+        from safetensors.torch import load as load_tensors
+
         try:
             return load_tensors(self.model_file.read_bytes())
         except OSError as error:

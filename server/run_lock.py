@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO
 from weakref import WeakSet
@@ -9,6 +10,7 @@ from weakref import WeakSet
 from common.errors import RunError
 
 LOCK = "run.lock"
+_ATTEMPTS, _PAUSE_SECONDS = 5, 0.02
 
 _held: WeakSet[IO[bytes]] = WeakSet()
 
@@ -29,7 +31,14 @@ def lock_run(folder: Path) -> IO[bytes]:
     except OSError as error:
         raise RunError(f"Expected {path} to be writable: {error.strerror}.") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for attempt in range(_ATTEMPTS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # perhaps only somebody who looks whether the run is running
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
     except OSError as error:
         file.close()
         if isinstance(error, BlockingIOError):
@@ -37,6 +46,18 @@ def lock_run(folder: Path) -> IO[bytes]:
         raise RunError(f"Expected {path} to be lockable: {error.strerror}.") from None
     _held.add(file)
     return file
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the lock of the run in ``folder``."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of at once, by closing
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _drop_inherited() -> None:

@@ -37,7 +37,8 @@ Take = Callable[[int, Message], None]
 """What becomes of a position's answer."""
 
 Record = Callable[..., Any]
-"""``record("stage", round, name=…, answers=…, asked=…, seconds=…)``, as :meth:`server.events.Events.record`."""
+"""``record("stage", round, stage=…, answers=…, asked=…, seconds=…, bytes_up=…, bytes_down=…)``, as
+:meth:`server.events.Events.record`; bytes are all devices' together. What it raises ends the round."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class SecureSum:
     ) -> None:
         if not contents:
             return
-        start = time.perf_counter()
+        start, up, down = time.perf_counter(), traffic.up, traffic.down
         answers = self._nodes.ask(action, contents, take, traffic, str(offer.round))
         stage, seconds = action.partition(".")[2], time.perf_counter() - start
         self._record(
@@ -218,4 +219,6 @@ class SecureSum:
             asked=len(contents),
             answers=answers,
             seconds=seconds,
+            bytes_up=traffic.up - up,
+            bytes_down=traffic.down - down,
         )

@@ -1,6 +1,7 @@
 """The run folder's database ``events.sqlite``.
 
-Both tables, the event log and the privacy ledger, live in this one file, so that one commit order holds for both.
+All tables, the event log, the privacy ledger and the operator's commands, live in this one file, so that one commit
+order holds for all.
 """
 
 import sqlite3
@@ -46,6 +47,17 @@ ledger_table = Table(
     Column("released_at", Float),
 )
 
+command_table = Table(
+    "commands",
+    schema,
+    Column("id", Integer, primary_key=True),
+    Column("time", Float, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("origin", Text, nullable=False),
+    Column("answered_at", Float),
+    Column("answer", Text),
+)
+
 
 class Store:
     """An open database. Made by :func:`open_store` or :func:`open_store_read_only`; close it, or use it in ``with``.
@@ -57,7 +69,7 @@ class Store:
     """
 
     def __init__(
-        self, path: Path, mode: Literal["rwc", "ro"], lock: IO[bytes] | None = None, durable: bool = True
+        self, path: Path, mode: Literal["rwc", "rw", "ro"], lock: IO[bytes] | None = None, durable: bool = True
     ) -> None:
         self._path = path
         self._lock = lock
@@ -70,7 +82,7 @@ class Store:
             return connection
 
         self._engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
-        begin = "BEGIN IMMEDIATE" if mode == "rwc" else "BEGIN"
+        begin = "BEGIN" if mode == "ro" else "BEGIN IMMEDIATE"
         event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql(begin))
 
     @contextmanager
@@ -109,6 +121,11 @@ class Store:
                 connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
                 connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
 
+    def _add_missing_tables(self) -> None:
+        """What earlier versions of the same schema did not have yet."""
+        with self.transaction() as connection:
+            schema.create_all(connection)
+
     def _check_schema(self) -> None:
         with self.transaction() as connection:
             application = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
@@ -143,6 +160,7 @@ def open_store(folder: Path, *, durable: bool = True) -> Store:
         store._create_if_empty()
         store._check_schema()
         store._enable_wal()
+        store._add_missing_tables()
     except BaseException:
         store.close()
         raise
@@ -156,7 +174,18 @@ def open_store_read_only(folder: Path) -> Store:
     SQLite needs to create its ``-shm`` file next to a database that nobody has open, so the reader must be allowed
     to write to the folder of a run that is over.
     """
-    store = Store(folder / DATABASE, "ro")
+    return _opened(Store(folder / DATABASE, "ro"))
+
+
+def open_store_for_commands(folder: Path) -> Store:
+    """Open the database of a run beside the process that runs it, to add commands and nothing else.
+
+    Raises :class:`RunError` as :func:`open_store_read_only` does, and where the file may not be written to.
+    """
+    return _opened(Store(folder / DATABASE, "rw"))
+
+
+def _opened(store: Store) -> Store:
     try:
         store._check_schema()
     except BaseException:

@@ -2,7 +2,8 @@
 
 One round: reserve its privacy in the ledger, flip the coins, ask the cohort for its noisy sum, step the optimiser,
 write the checkpoint, mark the release. A crash between any two of these leaves a run that can be resumed and a ledger
-that shows at least what was released (``tests/integration/test_crash.py``).
+that shows at least what was released (``tests/integration/test_crash.py``). Between two rounds the loop does what the
+operator asks for (:mod:`server.controls`).
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from common.errors import AggregationError, BudgetExceeded, FedtopkError
+from common.errors import Aborted, AggregationError, BudgetExceeded, FedtopkError
 from common.item_slice import cut, scatter, slice_of
 from common.model import Parameters, check_parameters, group_of, items_in, unflatten
 from common.offer import Offer
@@ -23,6 +24,7 @@ from common.settings import Settings, TrainingSettings
 from common.threads import one_thread
 from server.checkpoint import Checkpoint, load_latest, save
 from server.cohort import Cohort, CohortSum
+from server.controls import Controls
 from server.events import Events
 from server.ledger import Ledger
 from server.sampling import draw_roster
@@ -31,7 +33,7 @@ ATTEMPTS = 3
 """Attempts at one round, each with a new cohort, before the run ends."""
 
 
-Status = Literal["finished", "stopped", "budget spent"]
+Status = Literal["finished", "stopped", "aborted", "budget spent"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Training:
         parameters: the initial shared parameters.
         cohort: the devices.
         budget: the mechanism.
-        ledger, events: opened in the run folder.
+        ledger, events, controls: opened in the run folder.
         checkpoints: folder of the checkpoints.
     """
 
@@ -85,6 +87,7 @@ class Training:
     budget: Budget
     ledger: Ledger
     events: Events
+    controls: Controls
     checkpoints: Path
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class Training:
 
         Raises :class:`CheckpointError` and :class:`ModelError` where it is damaged or does not fit.
         """
+        self.controls.refuse("the process that it was meant for had ended", self._round)
         checkpoint = load_latest(self.checkpoints)
         if checkpoint is None:
             return
@@ -116,30 +120,30 @@ class Training:
 
     @one_thread()  # several would wait for each other where the devices' processes keep the cores busy
     def run(self, should_stop: Callable[[], bool], on_round: Callable[[Progress], None]) -> Outcome:
-        """Train until the last round, the end of the budget, or until `should_stop` says so between two rounds."""
+        """Train until the last round, the end of the budget, or until `should_stop` or the operator says so."""
         status: Status = "finished"
         reason = ""
         bytes_up = bytes_down = None
         while self._round < self.settings.training.rounds:
-            if should_stop():
-                status = "stopped"
+            if ended := self.controls.between_rounds(self._round, should_stop):
+                status = ended
                 break
-            start = time.perf_counter()
             try:
-                members, cohort_sum = self._one_round(self._round + 1)
-            except BudgetExceeded as error:
-                if not self._round:
-                    raise
-                status, reason = "budget spent", str(error)
-                break
-            except FedtopkError:
+                progress = self._one_round(self._round + 1)
+            except Aborted:
+                continue  # the controls end the run
+            except FedtopkError as error:
+                if isinstance(error, BudgetExceeded) and self._round:
+                    status, reason = "budget spent", str(error)
+                    break
                 self._checkpoint()
+                self.events.record("failed", self._round, reason=str(error))
                 raise
-            spent = time.perf_counter() - start
-            self._seconds += spent
+            cohort_sum = progress.cohort_sum
             bytes_up, bytes_down = cohort_sum.bytes_up or bytes_up, cohort_sum.bytes_down or bytes_down
-            on_round(Progress(self._round, self.current(), members, spent, cohort_sum))
+            on_round(progress)
         self._checkpoint()
+        self.controls.refuse("the run had ended", self._round)
         self.events.record(status, self._round, reason=reason)
         return Outcome(
             status,
@@ -157,7 +161,8 @@ class Training:
         """The shared parameters as they are now."""
         return {name: value.detach() for name, value in self._model.items()}
 
-    def _one_round(self, number: int) -> tuple[int, CohortSum]:
+    def _one_round(self, number: int) -> Progress:
+        start = time.perf_counter()
         for last in [False] * (ATTEMPTS - 1) + [True]:
             attempt = self.ledger.reserve(number)
             members = draw_roster(self.settings, number, self.cohort.devices)
@@ -168,6 +173,7 @@ class Training:
                 self.ledger.uploaded(number, attempt)
             try:
                 cohort_sum = self.cohort.sum_updates(offer, members)
+                self.controls.expect_no_abort()
             except AggregationError as error:
                 self.events.record("attempt failed", number, attempt=attempt, reason=str(error))
                 if last or self.settings.reproducible:
@@ -182,8 +188,20 @@ class Training:
             self._checkpoint()
         # Until here only this process has seen the new model; from here on it counts as released.
         self.ledger.released(number, attempt)
-        self.events.record("round", number, attempt=attempt, members=len(members), survivors=cohort_sum.survivors)
-        return len(members), cohort_sum
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        sent = {"bytes_up": cohort_sum.bytes_up, "bytes_down": cohort_sum.bytes_down}  # by and to one device
+        self.events.record(
+            "round",
+            number,
+            attempt=attempt,
+            members=len(members),
+            survivors=cohort_sum.survivors,
+            dropouts=cohort_sum.roster - cohort_sum.survivors,
+            seconds=seconds,
+            **{name: value for name, value in sent.items() if value is not None},
+        )
+        return Progress(number, self.current(), len(members), seconds, cohort_sum)
 
     def _step(self, cohort_sum: CohortSum, offer: Offer) -> None:
         """One step along the mean over the *expected* cohort: dividing by who answered would not be private.

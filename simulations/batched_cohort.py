@@ -6,6 +6,7 @@ the same integers (``tests/contract/test_workers.py``), and so does a cluster (:
 rounding and noise happen once, on the total.
 """
 
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 from client.local_update import compute_update
 from common.errors import AggregationError
 from common.model import Parameters, flatten, items_in, unflatten
+from common.objective import histogram
 from common.offer import Offer
 from common.privacy.clipping import clip_factor
 from common.privacy.encoding import release_central
@@ -146,8 +148,18 @@ def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, user
         if not highest < 2.0**52:
             raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
         fixed[start : start + _CACHED] += part.astype(np.int64)
-    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms}
+    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms, "norms": _norm_bin(norms, clip)}
     return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
+
+
+NORM_EDGES = torch.logspace(-2, 2, 17)
+"""Edges of the histogram of norms over the clip (over 1 without a clip), four to a factor of ten; outer bins open."""
+
+
+def _norm_bin(norms: Tensor, clip: float) -> Tensor:
+    """(B, 18) 1 in the bin of each device's norm."""
+    every = torch.ones(len(norms), 1, dtype=torch.bool)
+    return histogram((norms / (clip if math.isfinite(clip) else 1)).unsqueeze(1), every, NORM_EDGES)
 
 
 def _diverged(offer: Offer, sign: str) -> AggregationError:

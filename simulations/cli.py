@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(device_app, name="device")
 app.add_typer(privacy_app, name="privacy")
 
+DashboardOption = Annotated[bool, typer.Option("--dashboard", help="Show it on a web page while it goes on.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
@@ -60,9 +62,11 @@ def simulate(
             "--ledger", metavar="DIR", help="Ledger of the population's life: the budget is for all its runs."
         ),
     ] = None,
+    dashboard: DashboardOption = False,
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
+    from server.dashboard.serve import beside
     from server.population_ledger import open_population
     from server.run_folder import RunFolder
     from simulations.progress import watch
@@ -73,7 +77,7 @@ def simulate(
     folder = RunFolder(out)
     settings = None if resume else load_settings(config, overrides or ())
     rounds = (settings or folder.settings()).training.rounds
-    with ExitStack() as stack, ExitStack() as bars:
+    with beside(out, dashboard), ExitStack() as stack, ExitStack() as bars:
         report = run(
             folder,
             watch(bars, "training", rounds),
@@ -85,6 +89,7 @@ def simulate(
     answer(format, report, lambda: _report_text(report, out))
     if report["status"] == "stopped":
         stderr.print(f"Stopped after round {report['rounds']}. Go on with: fedtopk simulate --resume --out {out}")
+    if report["status"] in ("stopped", "aborted"):
         raise typer.Exit(130)
 
 
@@ -94,9 +99,11 @@ def fleet(
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes, one a device.")] = 8,
     config: ConfigOption = None,
     overrides: SetOption = None,
+    dashboard: DashboardOption = False,
     format: FormatOption = "text",
 ) -> None:
     """Train over real device processes on this machine: TLS, enrolled keys, secure aggregation (minutes)."""
+    from server.dashboard.serve import beside
     from server.run_folder import RunFolder
     from simulations.fleet import demo_settings, run_fleet
     from simulations.progress import RoundsBar
@@ -106,6 +113,7 @@ def fleet(
 
     settings = demo_settings(devices, config, overrides or ())
     with (
+        beside(out, dashboard),
         stopping("Stopping after this round; press Ctrl-C again to break it off.") as should_stop,
         RoundsBar(settings.training.rounds, "training") as bar,
     ):
@@ -117,8 +125,48 @@ def fleet(
             say=say,
         )
     answer(format, report, lambda: _report_text(report, out))
-    if report["status"] == "stopped":
+    if report["status"] in ("stopped", "aborted"):
         raise typer.Exit(130)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="Folder of a run, or of several.")],
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 8420,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; another than loopback needs --token.")] = (
+        "127.0.0.1"
+    ),
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="FEDTOPK_TOKEN", help="For the controls; by default one is made up."),
+    ] = None,
+) -> None:
+    """Show runs on a web page, live while they train, and let an operator pause, resume, stop and abort them."""
+    from server.dashboard.serve import serve_dashboard
+
+    def shown(run: Path, user: int) -> Mapping[str, Any]:
+        from simulations.preview import preview  # brings torch, which few pages need
+
+        return preview(run, user)
+
+    serve_dashboard(runs, host, port, token, shown, lambda line: stderr.print(line, highlight=False, soft_wrap=True))
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="By default RUN/report.")] = None,
+    format: FormatOption = "text",
+) -> None:
+    """Write a run's page as one HTML file, its charts as PNG, and its course as TensorBoard files."""
+    from server.dashboard.report import write_report
+    from server.run_folder import RunFolder
+    from simulations.tensorboard import write_tensorboard
+
+    written = write_report(run, to or run / "report")
+    write_tensorboard(RunFolder(run), run / "tensorboard")
+    written["tensorboard"] = str(run / "tensorboard")
+    answer(format, written, lambda: "\n".join(f"{name}: {path}" for name, path in written.items()))
 
 
 app.command()(demo)

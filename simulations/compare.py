@@ -70,7 +70,7 @@ def compare(
         watch = watch_of(ESTIMATORS[estimator], own.training.rounds)
         given = None if estimator in begun else own
         reports[estimator] = simulate(folders[estimator], watch, settings=given, workers=workers)
-        if reports[estimator]["status"] == "stopped":
+        if reports[estimator]["status"] in ("stopped", "aborted"):
             return None
     rows = {
         estimator: _row(settings[estimator], reports[estimator], recorded(folders[estimator])) for estimator in settings

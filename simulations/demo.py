@@ -32,7 +32,7 @@ def demo(out: Path, workers: int, watch_of: Callable[[str, int], Watch]) -> dict
         folder = RunFolder(out / f"run-{number}")
         begun = folder.settings_file.exists()  # an earlier demo goes on where it ended
         reports[name] = simulate(folder, watch, settings=None if begun else settings, workers=workers)
-        if reports[name]["status"] == "stopped":
+        if reports[name]["status"] in ("stopped", "aborted"):
             break
     return reports
 

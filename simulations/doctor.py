@@ -20,7 +20,8 @@ _PACKAGES = {
     "matplotlib": ("pictures of compare and paper (extra: pictures)", True),
     "gymnasium": ("a world as an environment (extra: environment)", True),
     "stable-baselines3": ("actors as logging policies (extra: environment)", True),
-    "fastapi": ("the dashboard (extra: dashboard)", True),
+    "nicegui": ("charts of the dashboard (extra: dashboard)", True),
+    "prometheus-client": ("figures of the dashboard for Prometheus (extra: dashboard)", True),
 }
 
 

@@ -38,7 +38,8 @@ def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int 
         block: users scored at once; memory is a few times block · A numbers. None: as many as fit in some 200 MB.
 
     Returns:
-        ``{"users", "hr@10", "hr@10_ci95", "ndcg@10", "ndcg@10_ci95", "coverage@10"}``.
+        ``{"users", "hr@10", "hr@10_ci95", "ndcg@10", "ndcg@10_ci95", "coverage@10", "deciles@10"}``; the last are the
+        shares of what is recommended that come from each tenth of the training log, the most popular items first.
 
     Raises:
         ModelError: a score is not finite.
@@ -54,8 +55,9 @@ def evaluate(scorer: Scorer, split: Split, kind: Kind, *, seed: int, block: int 
         ranks.append(target_ranks(scores, items, seen, ties))
         # Seeded afresh: every block settles the ties of its lists by the same order of items.
         recommended.append(top_items(scores, seen, CUTOFF, torch.Generator().manual_seed(seed)))
-    size = len(histories.catalogue)
-    return summarise(torch.cat(ranks), torch.cat(recommended), size, (CUTOFF,), np.random.default_rng(seed))
+    shown, size = torch.cat(recommended), len(histories.catalogue)
+    figures = summarise(torch.cat(ranks), shown, size, (CUTOFF,), np.random.default_rng(seed))
+    return figures | {f"deciles@{CUTOFF}": _deciles(shown, split.train)}
 
 
 def compare(scorer: Scorer, split: Split, kind: Kind, *, seed: int) -> dict[str, Any]:
@@ -70,6 +72,18 @@ def compare(scorer: Scorer, split: Split, kind: Kind, *, seed: int) -> dict[str,
         "popularity": evaluate(Popularity(split.train), split, kind, seed=seed),
         "markov": evaluate(Markov(split.train), split, kind, seed=seed),
     }
+
+
+def _deciles(shown: Tensor, train: Interactions) -> list[float]:
+    """Ten shares of the (U, k) shown items (-1: none), by the tenth of the log that each item's interactions are in."""
+    counts = np.bincount(train.items, minlength=len(train.catalogue))
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    tenth = np.empty(len(counts), np.int64)
+    tenth[order] = np.minimum(10 * before // max(counts.sum(), 1), 9)
+    items = shown.numpy()
+    hits = np.bincount(tenth[items[items >= 0]], minlength=10)
+    return [float(share) for share in hits / max(hits.sum(), 1)]
 
 
 def _seen(histories: Interactions, users: np.ndarray) -> Tensor:

@@ -27,7 +27,7 @@ def demo(
 
     with ExitStack() as bars:
         reports = run(out, workers, lambda name, rounds: watch(bars, name, rounds))
-    if any(report["status"] == "stopped" for report in reports.values()):
+    if any(report["status"] in ("stopped", "aborted") for report in reports.values()):
         raise typer.Exit(130)
     answer(format, reports, lambda: Group(results_table(reports), verdict(reports), f"Run folders: {out}/run-*"))
 

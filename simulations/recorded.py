@@ -13,9 +13,10 @@ from common.objective import WEIGHT_EDGES
 from server.events import EventReader
 from server.run_folder import RunFolder
 from server.store import open_store_read_only
+from simulations.batched_cohort import NORM_EDGES
 
 _KINDS = ("round", "simulation", "validation")
-_HISTOGRAMS = ("weights", "multipliers")
+HISTOGRAMS = ("weights", "multipliers", "norms")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Histogram:
 
     Attributes:
         counts: (bins,) ≥ 0.
-        bounds: (bins+1,) ascending; for the weights, of log10(π/β).
+        bounds: (bins+1,) ascending; of log10 for the weights π/β and for the norms over their clip.
     """
 
     counts: np.ndarray
@@ -50,7 +51,7 @@ class Recorded:
         kind: ``round``, ``simulation`` or ``validation``.
         time: seconds since the epoch.
         figures: numbers by name; of devices, means over the cohort.
-        histograms: ``weights`` and ``multipliers``, where the estimator has any: summed over the cohort.
+        histograms: ``norms``, ``weights`` and ``multipliers``, where the estimator has any: summed over the cohort.
     """
 
     kind: str
@@ -72,20 +73,20 @@ def recorded(folder: RunFolder) -> list[Recorded]:
     for (round_, kind), event in sorted(events.items()):
         figures, histograms = {}, {}
         for name, value in event.fields.items():
-            if name in _HISTOGRAMS:
+            if name in HISTOGRAMS:
                 members = events[round_, "round"].fields["members"]
                 histograms[name] = Histogram(members * np.array(value, dtype=float), bounds_of(name, slate_size))
-            elif not isinstance(value, list):  # intervals
+            elif isinstance(value, int | float):  # no intervals, baselines or estimates
                 figures[name] = float(value)
         lines.append(Recorded(kind, round_, event.time, figures, histograms))
     return lines
 
 
 def bounds_of(name: str, slate_size: int) -> np.ndarray:
-    """(bins+1,) bounds of a histogram: of λ_K, 0 to K; of log10(π/β), whose open outer bins are drawn as wide as the
-    others."""
+    """(bins+1,) bounds of a histogram: of λ_K, 0 to K; of log10 of weights and norms, whose open outer bins are drawn
+    as wide as the others."""
     if name == "multipliers":
         return np.linspace(0, slate_size, MULTIPLIER_BINS + 1)
-    inner = np.log10(WEIGHT_EDGES.numpy().astype(float))
+    inner = np.log10((WEIGHT_EDGES if name == "weights" else NORM_EDGES).numpy().astype(float))
     width = inner[1] - inner[0]
     return np.concatenate(([inner[0] - width], inner, [inner[-1] + width]))

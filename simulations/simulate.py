@@ -16,11 +16,13 @@ from server.run_folder import RunFolder
 from server.training import Progress, Training
 from simulations import datasets
 from simulations.batched_cohort import BatchedCohort
-from simulations.evaluation import compare, evaluate
+from simulations.evaluation import compare
 from simulations.plain_cohort import PlainCohort
 from simulations.population import Population
 from simulations.recommender import PolicyScorer
+from simulations.recorded import HISTOGRAMS, bounds_of
 from simulations.splits import Split, split
+from simulations.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,20 @@ def simulate(
     population = Population(settings, data.train)
     with folder.open(settings, resume) as store, _cohort(settings, population, workers, cluster) as cohort:
         training = open_training(settings, folder, store, cohort, len(data.train.catalogue), population_ledger)
+        bounds = {name: bounds_of(name, settings.objective.slate_size).tolist() for name in HISTOGRAMS}
+        training.events.record("simulated", bounds=bounds)
         if resume:
             training.resume()
+        validation = Validation(settings, data, population)
         with watch.patient() as should_stop:
-            outcome = training.run(should_stop, lambda progress: _tell(progress, training, data, population, watch))
+            outcome = training.run(should_stop, lambda progress: _tell(progress, training, validation, watch))
         folder.save_model(outcome.parameters)
         spent = settle(training, population_ledger)
         folder.save_report(build_report(training, outcome, {}, spent))
         if outcome.reason:
             watch.note(outcome.reason)
         evaluation = {}
-        if outcome.status != "stopped":
+        if outcome.status not in ("stopped", "aborted"):
             watch.note("Evaluating by full ranking, beside popularity and first-order Markov.")
             evaluation = evaluate_model(settings, outcome.parameters, population, data)
         report = build_report(training, outcome, evaluation, spent)
@@ -140,14 +145,13 @@ def _cohort(settings: Settings, population: Population, workers: int, cluster: s
         yield stack.enter_context(BatchedCohort(population, workers, pool))
 
 
-def _tell(progress: Progress, training: Training, data: Split, population: Population, watch: Watch) -> None:
+def _tell(progress: Progress, training: Training, validation: Validation, watch: Watch) -> None:
     """Record what only a simulation can see of a round, and show it."""
     settings, metrics, remark = training.settings, progress.cohort_sum.simulation_metrics, ""
     if metrics:
         training.events.record("simulation", progress.round, **metrics)
     if settings.evaluation.every and progress.round % settings.evaluation.every == 0:
-        scorer = PolicyScorer(settings, progress.parameters, population.users)
-        figures = evaluate(scorer, data, "validation", seed=settings.training.seed)
+        figures = validation.of(progress.parameters)
         training.events.record("validation", progress.round, **figures)
         remark = f"validation HR@10 {figures['hr@10']:.3f}"
     watch.on_round(progress, remark)

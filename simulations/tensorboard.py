@@ -16,8 +16,8 @@ except ImportError:
     hint = "pip install 'fedtopk[tensorboard]'"
     raise MissingDependency(f"Expected tensorboardX to write TensorBoard files ({hint}).") from None
 
-_DISPLAYED = {"weights": "log10_weights"}
-"""TensorBoard has no logarithmic axis for histograms, and weights span factors of a million."""
+_DISPLAYED = {"weights": "log10_weights", "norms": "log10_norms"}
+"""TensorBoard has no logarithmic axis for histograms, and weights span factors of a million, norms of ten thousand."""
 
 
 def write_tensorboard(run: RunFolder, to: Path) -> None:

@@ -67,6 +67,32 @@ class Spending:
 
 
 @dataclass(frozen=True)
+class Account:
+    """All that a run's two figures of privacy follow from, beside the number of releases and attempts.
+
+    Attributes:
+        multiplier: effective z (:func:`~common.privacy.accounting.effective_multiplier`).
+        honest: 1 − γ − δ of secure aggregation.
+        rate: q.
+        delta: δ of both figures; `spendable`: what of it the mechanism may use.
+    """
+
+    multiplier: float
+    honest: float
+    rate: float
+    delta: float
+    spendable: float
+
+    def epsilon_model(self, releases: int) -> float:
+        """ε_model after so many releases."""
+        return epsilon_model(self.multiplier, self.rate, releases, self.spendable)
+
+    def epsilon_server(self, attempts: int) -> float:
+        """ε_server after so many attempts at rounds."""
+        return epsilon_server(self.multiplier, self.honest, contributions(self.rate, attempts), self.spendable)
+
+
+@dataclass(frozen=True)
 class Budget:
     """A run's mechanism with its accounting.
 
@@ -75,6 +101,7 @@ class Budget:
         noise_multiplier: z, the standard deviation of the released noise in units of the sensitivity; 0 for none.
         delta: δ of both figures.
         encoding: clip, rounding and noise as numbers.
+        account: what both figures follow from; None without noise.
         allowed_releases: how many rounds the target permits, at most those of the settings; None without noise.
         others: what other runs over the same population have spent, which the target counts in.
     """
@@ -84,6 +111,7 @@ class Budget:
     noise_multiplier: float
     delta: float
     encoding: Encoding
+    account: Account | None
     allowed_releases: int | None
     others: Spending = field(default_factory=Spending)
 
@@ -106,16 +134,14 @@ class Budget:
         privacy = self.settings.privacy
         clip = {} if math.isinf(privacy.clip_norm) else {"clip_norm": privacy.clip_norm}
         statement: dict[str, Any] = {"unit": "user", "mechanism": privacy.mechanism} | clip
-        if not self.settings.private:
+        if self.account is None:
             return statement
-        honest, rate = self.encoding.honest, self.settings.training.cohort_rate
-        multiplier, delta = effective_multiplier(self.encoding), spendable_delta(self.delta, self.encoding, releases)
         return statement | {
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "releases": releases,
-            "epsilon_model": epsilon_model(multiplier, rate, releases, delta),
-            "epsilon_server": epsilon_server(multiplier, honest, contributions(rate, attempts), delta),
+            "epsilon_model": self.account.epsilon_model(releases),
+            "epsilon_server": self.account.epsilon_server(attempts),
             "epsilon_server_holds_under": "secure aggregation",
             "adjacency": ADJACENCY,
             "observer": OBSERVER,
@@ -192,7 +218,7 @@ def make_budget(
         central=aggregation.kind == "central",
     )
     if not settings.private:
-        return Budget(settings, devices, multiplier, delta, encoding, None, others)
+        return Budget(settings, devices, multiplier, delta, encoding, None, None, others)
     # A multiplier that was asked for may leave room for rounds that a crash makes necessary again.
     at_most = 2 * training.rounds if privacy.noise_multiplier else training.rounds
     left = spendable_delta(delta, encoding, at_most, others.delta_loss)
@@ -203,15 +229,9 @@ def make_budget(
             f"{training.cohort_rate * devices:g} expected members, or 1: one user would decide too often whether the "
             f"others are in the sum (δ {threshold:.2g} of {delta:.2g})."
         )
-    allowed = releases_within(
-        privacy.target_epsilon,
-        effective_multiplier(encoding),
-        training.cohort_rate,
-        left,
-        at_most,
-        others.history,
-    )
-    return Budget(settings, devices, multiplier, delta, encoding, allowed, others)
+    account = Account(effective_multiplier(encoding), encoding.honest, training.cohort_rate, delta, left)
+    allowed = releases_within(privacy.target_epsilon, account.multiplier, account.rate, left, at_most, others.history)
+    return Budget(settings, devices, multiplier, delta, encoding, account, allowed, others)
 
 
 def threshold_loss(settings: Settings, devices: int, releases: int) -> float:

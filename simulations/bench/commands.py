@@ -115,6 +115,25 @@ def engine(
     answer(format, results, lambda: results_table(results))
 
 
+@bench_app.command()
+def dashboard(
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="N; a tenth of them takes part in a round.")
+    ] = 10_000,
+    stretches: Annotated[int, typer.Option("--stretches", min=2, help="Of rounds, open and closed by turns.")] = 20,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of a stretch.")] = 12,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = CORES,
+    format: FormatOption = "text",
+) -> None:
+    """Measure what an open dashboard costs the run that it shows (minutes, on an idle machine)."""
+    from simulations.bench.dashboard import bench_dashboard, results_table, settings_of
+    from simulations.progress import RoundsBar
+
+    with RoundsBar(stretches, "dashboard", "stretches") as bar:
+        results = bench_dashboard(settings_of(devices, stretches, rounds), stretches, workers, bar.update)
+    answer(format, results, lambda: results_table(results))
+
+
 def _words(option: str, text: str, known: Sequence[Any]) -> list[Any]:
     """Known words with commas between them, in the order in which they are known."""
     words = [word.strip() for word in text.split(",")]

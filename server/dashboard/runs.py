@@ -1,0 +1,95 @@
+"""The runs below a folder, each read once and then followed, for however many browsers."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.errors import FedtopkError, RunError
+from server.dashboard.course import Course, explained, update
+from server.dashboard.folders import find_runs
+from server.dashboard.spending import Spending
+from server.dashboard.view import run_facts, templates
+from server.run_folder import RunFolder
+
+_FRESH_SECONDS = 0.5
+"""For so long what was read is good for every browser."""
+_LOOK_SECONDS = 2.0
+
+Shown = TypeVar("Shown")
+
+
+class Runs:
+    """Names and courses. Safe to use from any thread: one reads and draws at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._followed: dict[str, tuple[Course, Spending]] = {}
+        self._read_at: dict[str, float] = {}
+        self._found: Mapping[str, Path] = {}
+        self._looked = 0.0
+
+    def names(self) -> list[str]:
+        """All runs there are, in order."""
+        now = time.monotonic()
+        if not self._found or now - self._looked > _LOOK_SECONDS:
+            self._found, self._looked = find_runs(self._root), now
+        return list(self._found)
+
+    def path(self, name: str) -> Path | None:
+        """The folder of a run that was found; names are looked up and never made into paths."""
+        self.names()
+        return self._found.get(name)
+
+    def show(self, name: str, draw: Callable[[Course, Spending], Shown]) -> Shown:
+        """What `draw` makes of a run as it is now. Raises :class:`RunError` in words where it cannot be read."""
+        with self._lock:
+            course, spending = self._course(name)
+            spending.update(course)
+            with explained(course.folder.path):
+                return draw(course, spending)
+
+    def show_all(self, names: Iterable[str], draw: Callable[[Mapping[str, tuple[Course, Spending]]], Shown]) -> Shown:
+        """What `draw` makes of those of some runs that can be read."""
+        found = {}
+        with self._lock:
+            for name in names:
+                try:
+                    found[name] = self._course(name)
+                except FedtopkError:
+                    continue
+            with explained(self._root):
+                return draw(found)
+
+    def index(self) -> dict[str, Any]:
+        """What the first page is sent: a row for each run, or why there is none."""
+        rows = []
+        for name in self.names():
+            try:
+                with self._lock:
+                    course, spending = self._course(name)
+                    with explained(course.folder.path):
+                        rows.append(run_facts(name, course, spending) | {"problem": ""})
+            except FedtopkError as error:
+                rows.append({"name": name, "problem": str(error)})
+        template = templates.get_template("parts/runs.html")
+        return {"html": {"runs": template.render(rows=rows, root=str(self._root))}}
+
+    def _course(self, name: str) -> tuple[Course, Spending]:
+        folder = self.path(name)
+        if folder is None:
+            raise RunError(f"Expected {name} to be a run below {self._root}.")
+        known = self._followed.get(name)
+        if known is not None and time.monotonic() - self._read_at[name] < _FRESH_SECONDS:
+            return known
+        course, spending = known or (Course(RunFolder(folder)), Spending())
+        try:
+            update(course)
+        except FedtopkError:
+            self._followed.pop(name, None)  # it is read from its beginning once it can be
+            raise
+        self._followed[name] = course, spending
+        self._read_at[name] = time.monotonic()
+        return course, spending

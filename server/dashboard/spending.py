@@ -1,0 +1,79 @@
+"""ε so far and ahead, computed in a thread of its own: one value takes up to a second of PRV accounting."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from server.dashboard.course import Course
+
+_POINTS = 12
+"""Of the curve."""
+_PAUSE_SECONDS = 5.0
+"""Between two computations for a run that goes on: the machine is the run's."""
+
+_worker = ThreadPoolExecutor(1, "epsilon")
+
+
+class Spending:
+    """Both figures of one run, as far as they are computed.
+
+    Guarantee: no figure ever falls while the run goes on (tests/unit/test_dashboard.py::test_epsilon_never_falls).
+
+    Attributes:
+        spent: ``{"releases", "epsilon_model", "epsilon_server"}`` of a past moment; None until the first one is there.
+        curve: releases → (ε_model, ε_server), for as many attempts.
+    """
+
+    def __init__(self) -> None:
+        self.spent: dict[str, Any] | None = None
+        self.curve: dict[int, tuple[float, float]] = {}
+        self._due: Future[None] | None = None
+        self._next = 0.0
+
+    def update(self, course: Course) -> None:
+        """Take the figures of a run that has ended from its report, and have the others computed."""
+        account = course.opened.get("account")
+        if not account:
+            return
+        final = course.report.get("privacy", {})
+        if {"epsilon_model", "epsilon_server", "releases"} <= set(final):
+            self._spent(final["releases"], final["epsilon_model"], final["epsilon_server"])
+        now = time.monotonic()
+        busy = self._due is not None and not self._due.done()
+        behind = self.spent is None or self.spent["releases"] < course.releases or len(self.curve) < 2
+        if not busy and behind and now >= self._next:
+            self._next = now + _PAUSE_SECONDS
+            self._due = _worker.submit(self._compute, account, course.releases, course.attempts, _ends_at(course))
+
+    @property
+    def version(self) -> tuple[object, ...]:
+        """Differs as soon as a figure does."""
+        return self.spent and self.spent["releases"], len(self.curve)
+
+    def finish(self, course: Course) -> None:
+        """The same, and wait until all figures are there."""
+        self.update(course)
+        if self._due is not None:
+            self._due.result()
+
+    def _spent(self, releases: int, model: float, server: float) -> None:
+        if self.spent is not None:
+            model, server = max(model, self.spent["epsilon_model"]), max(server, self.spent["epsilon_server"])
+        self.spent = {"releases": releases, "epsilon_model": model, "epsilon_server": server}
+
+    def _compute(self, fields: dict[str, float], releases: int, attempts: int, last: int) -> None:
+        from common.privacy.budget import Account  # brings torch, which takes seconds
+
+        account = Account(**fields)
+        if self.spent is None or self.spent["releases"] < releases:
+            self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
+        for point in sorted({round(last * (step / _POINTS) ** 2) for step in range(_POINTS + 1)}):
+            if point not in self.curve:
+                figures = (account.epsilon_model(point), account.epsilon_server(point))
+                self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
+
+
+def _ends_at(course: Course) -> int:
+    """Releases until the budget or the last round ends the run."""
+    rounds, allowed = course.settings.training.rounds, course.opened.get("allowed_releases")
+    return max(course.releases, min(rounds, allowed) if allowed else rounds)

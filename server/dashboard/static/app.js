@@ -1,0 +1,141 @@
+// Puts what the server sends where it belongs. Whatever is a sentence or a number was written by the server.
+import { echarts } from "/static/echarts/index.js";
+
+const main = document.getElementById("main");
+const lost = document.getElementById("lost");
+const answer = document.getElementById("answer");
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+const shown = new Map(); // canvas → {option, chart}
+
+function follow() {
+  const stream = new EventSource(main.dataset.stream);
+  stream.onmessage = (message) => {
+    lost.hidden = true;
+    const { html = {}, panels = {} } = JSON.parse(message.data);
+    for (const [part, text] of Object.entries(html)) replace(part, text);
+    for (const [id, panel] of Object.entries(panels)) place(id, panel);
+    main.dataset.shown = "yes";
+  };
+  stream.onopen = () => { lost.hidden = true; };
+  stream.onerror = () => {
+    lost.hidden = false;
+    if (stream.readyState === EventSource.CLOSED) setTimeout(follow, 2000);
+  };
+}
+
+function replace(part, text) {
+  const here = main.querySelector(`[data-part="${part}"]`);
+  if (!here) return;
+  const open = [...here.querySelectorAll("details")].map((details) => details.open);
+  const focused = here.contains(document.activeElement) && document.activeElement.dataset.action;
+  const scrolled = here.scrollTop;
+  here.innerHTML = text;
+  here.querySelectorAll("details").forEach((details, at) => { details.open = open[at] ?? false; });
+  if (focused) here.querySelector(`[data-action="${focused}"]`)?.focus();
+  here.scrollTop = scrolled;
+  if (part === "log") filter();
+}
+
+function place(id, panel) {
+  const section = main.querySelector(`[data-section="${panel.section}"]`);
+  if (!section) return;
+  let figure = document.getElementById(`panel-${id}`);
+  if (!figure) {
+    figure = section.appendChild(document.createElement("figure"));
+    figure.id = `panel-${id}`;
+    figure.innerHTML = '<figcaption><h3></h3><span></span></figcaption><p></p><div class="canvas" role="img"></div><div class="note"></div>';
+    watcher.observe(figure.querySelector(".canvas"));
+  }
+  figure.querySelector("h3").textContent = panel.title;
+  figure.querySelector("figcaption span").textContent = panel.unit ?? "";
+  figure.querySelector(".note").textContent = panel.note ?? "";
+  const words = figure.querySelector("p"), canvas = figure.querySelector(".canvas");
+  words.textContent = panel.reason ?? "";
+  words.hidden = panel.option !== undefined;
+  canvas.hidden = !words.hidden;
+  canvas.setAttribute("aria-label", panel.summary ?? "");
+  if (!panel.option) return;
+  const known = shown.get(canvas) ?? {};
+  shown.set(canvas, { ...known, option: panel.option });
+  if (known.visible) draw(canvas);
+}
+
+// Charts that nobody sees are not drawn.
+const watcher = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    const known = shown.get(target) ?? {};
+    shown.set(target, { ...known, visible: isIntersecting });
+    if (isIntersecting && known.option) draw(target);
+  }
+}, { rootMargin: "150px" });
+
+function draw(canvas) {
+  const known = shown.get(canvas);
+  if (!canvas.clientWidth) return;
+  known.chart ??= echarts.init(canvas);
+  known.chart.resize();
+  known.chart.setOption(dressed(known.option), { replaceMerge: ["series"] });
+}
+
+function dressed(option) {
+  const [ink, quiet, line, card] = ["--ink", "--quiet", "--line", "--card"].map((name) => getComputedStyle(document.body).getPropertyValue(name).trim());
+  const axis = (own) => ({
+    axisLine: { lineStyle: { color: quiet } }, axisLabel: { color: quiet, hideOverlap: true }, splitLine: { lineStyle: { color: line } },
+    nameTextStyle: { color: quiet }, ...own,
+  });
+  const heat = option.visualMap !== undefined;
+  const viridis = ["#fde725", "#5ec962", "#21918c", "#3b528b", "#440154"];
+  return {
+    animation: !still.matches && !heat, animationDuration: 200, animationDurationUpdate: 200,
+    textStyle: { color: ink, fontFamily: "system-ui, sans-serif" },
+    grid: { left: 8, right: heat ? 56 : 16, top: heat || !(option.legend.show ?? option.legend.data.length > 1) ? 16 : 40, bottom: 30, containLabel: true },
+    tooltip: { trigger: heat ? "item" : "axis", renderMode: "richText", backgroundColor: card, borderColor: line, textStyle: { color: ink, fontSize: 12 } },
+    ...(heat
+      ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
+          text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
+          inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
+      : { legend: { ...option.legend, type: "scroll", show: option.legend.show ?? option.legend.data.length > 1, top: 4, textStyle: { color: ink } } }),
+    xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
+    yAxis: axis({ ...option.yAxis, name: "", axisLabel: { color: quiet, hideOverlap: true, interval: heat ? 3 : undefined } }),
+    series: option.series,
+  };
+}
+
+function redraw() {
+  for (const [canvas, { chart, visible }] of shown) if (chart && visible) draw(canvas);
+}
+dark.addEventListener("change", redraw);
+addEventListener("resize", redraw);
+
+async function command(button) {
+  const action = button.dataset.action;
+  const warnings = {
+    abort: "Abort for good? The round under way is dropped, and the run cannot go on.",
+    stop: "Stop after this round?",
+  };
+  if (warnings[action] && !confirm(warnings[action])) return;
+  const expected = Number(button.closest("[data-expected]").dataset.expected);
+  const csrf = document.querySelector('meta[name="csrf"]').content;
+  try {
+    const response = await fetch(`/command/${main.dataset.run}`, {
+      method: "POST", headers: { "content-type": "application/json", "x-csrf": csrf }, body: JSON.stringify({ action, expected }),
+    });
+    const { error } = await response.json();
+    answer.textContent = error ?? `Asked to ${action}; the run answers between two rounds.`;
+  } catch {
+    answer.textContent = "The dashboard's server does not answer: nothing was asked for.";
+  }
+}
+main.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-action]");
+  if (button) command(button);
+});
+
+function filter() {
+  const wanted = document.getElementById("filter").value.toLowerCase();
+  for (const line of main.querySelectorAll('[data-part="log"] p')) line.hidden = !line.textContent.toLowerCase().includes(wanted);
+}
+document.getElementById("filter")?.addEventListener("input", filter);
+
+if (main.dataset.stream) follow();

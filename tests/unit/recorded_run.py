@@ -1,0 +1,81 @@
+"""Run folders as of long runs, written without running them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import insert
+
+from common.settings import load_settings
+from server.ledger import ledger_table
+from server.run_folder import RunFolder
+from server.store import event_table
+
+ACCOUNT = {"multiplier": 1.5, "honest": 0.8, "rate": 0.01, "delta": 1e-6, "spendable": 9.9e-7}
+BOUNDS = {
+    "weights": [-3.25 + 0.25 * n for n in range(27)],
+    "multipliers": [0.5 * n for n in range(21)],
+    "norms": [-2.25 + 0.25 * n for n in range(19)],
+}
+
+
+def write_run(out: Path, rounds: int, devices: int = 1_000_000, kind: str = "central", title: str = "") -> Path:
+    """A finished simulation's folder; with `kind` secure, a deployment's with five stages a round."""
+    folder = RunFolder(out)
+    overrides = [f"training.rounds={rounds}", "training.cohort_rate=0.01", f"aggregation.kind={kind}"]
+    settings = load_settings(None, overrides + ([f'data.path="{title}"'] if title else []))
+    rows: list[dict[str, Any]] = []
+
+    def record(event: str, round_: int | None, **fields: Any) -> None:
+        rows.append({"time": 1e9 + len(rows), "kind": event, "round": round_, "fields": json.dumps(fields)})
+
+    record(
+        "opened",
+        None,
+        devices=devices,
+        items=5000,
+        parameters=1000,
+        allowed_releases=rounds,
+        noise_multiplier=1.5,
+        account=ACCOUNT,
+    )
+    record("population", None, devices=list(range(min(devices, 1000))))
+    if kind != "secure":
+        record("simulated", None, bounds=BOUNDS)
+    drawn = devices // 100
+    for round_ in range(1, rounds + 1):
+        slow = math.exp(-round_ / rounds)
+        for stage in ("share", "upload", "agree", "unmask") if kind == "secure" else ():
+            record(
+                "stage",
+                round_,
+                attempt=1,
+                stage=stage,
+                asked=drawn,
+                answers=drawn - 3,
+                seconds=slow,
+                bytes_up=10**8,
+                bytes_down=10**7,
+            )
+        record("round", round_, attempt=1, members=drawn, survivors=drawn - 3, dropouts=3, seconds=2 + slow)
+        if kind != "secure":
+            histograms = {name: [slow] * (len(bounds) - 1) for name, bounds in BOUNDS.items()}
+            record(
+                "simulation",
+                round_,
+                policy_loss=slow,
+                behaviour_loss=8 * slow,
+                critic_loss=slow,
+                clipped=slow,
+                norm=1,
+                **histograms,
+            )
+    record("finished", rounds, reason="")
+    with folder.open(settings, resume=False) as store, store.transaction() as connection:
+        connection.execute(insert(event_table), rows)
+        entry = {"attempt": 1, "noise_multiplier": 1.5, "rate": 0.01, "reserved_at": 0.0, "uploaded_at": 0.0}
+        connection.execute(
+            insert(ledger_table), [entry | {"round": n, "released_at": 0.0} for n in range(1, rounds + 1)]
+        )
+    return out
