@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.local_update import compute_update
+from client.local_update import Gradients, compute_update
 from common.errors import AggregationError
 from common.model import Parameters, flatten, items_in, unflatten
 from common.offer import Offer
@@ -96,14 +96,16 @@ class BatchedCohort:
         self._population.restore(state)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
+        fixed, metrics = self.clipped_sum(offer, members)
+        return CohortSum(release(offer, fixed), len(members), len(members), simulation_metrics=metrics)
+
+    def clipped_sum(self, offer: Offer, members: np.ndarray) -> tuple[np.ndarray, dict[str, float | list[float]]]:
+        """(d,) int64 the members' clipped sum in fixed point, before noise, and the means of their metrics."""
         fixed = np.zeros(sum(value.numel() for value in offer.parameters.values()), np.int64)
         blocks = list(self._compute(offer, members, fixed))
         for block in blocks:
             self._population.users[torch.from_numpy(block.devices)] = block.local_users
-        total = fixed / fixed_point_scale(offer.settings.privacy.clip_norm)
-        if offer.settings.private:
-            total = release_central(total, offer.encoding, offer.signs, offer.stream("central"))
-        return CohortSum(total, len(members), len(members), simulation_metrics=_means(blocks))
+        return fixed, _means(blocks)
 
     def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[Block]:
         """Add the members' clipped sum to `fixed`; blocks come in their fixed order."""
@@ -129,18 +131,32 @@ def fixed_point_scale(clip_norm: float) -> float:
 
 def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray) -> Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
-    clip = offer.settings.privacy.clip_norm
     update = compute_update(offer.settings, offer.parameters, windows, users, offer.candidates, offer.warm)
-    norms = update.gradients.norms()
+    norms = add_clipped(offer, update.gradients, fixed)
+    metrics = update.local_metrics | {"clipped": (norms > offer.settings.privacy.clip_norm).float(), "norm": norms}
+    return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
+
+
+def add_clipped(offer: Offer, gradients: Gradients, fixed: np.ndarray) -> Tensor:
+    """Add the devices' gradients, each clipped to C, to `fixed` (d,) int64; returns (B,) their norms."""
+    clip = offer.settings.privacy.clip_norm
+    norms = gradients.norms()
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")
-    total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
+    total = gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
     highest = float(total.abs().amax()) * fixed_point_scale(clip)
     if not highest < 2.0**52:
         raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
     fixed += total.double().mul_(fixed_point_scale(clip)).round_().numpy().astype(np.int64)
-    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms}
-    return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
+    return norms
+
+
+def release(offer: Offer, fixed: np.ndarray) -> np.ndarray:
+    """(d,) float64 what is released of a fixed-point sum: with noise, unless the run is without."""
+    total = fixed / fixed_point_scale(offer.settings.privacy.clip_norm)
+    if offer.settings.private:
+        return release_central(total, offer.encoding, offer.signs, offer.stream("central"))
+    return np.asarray(total)
 
 
 def _diverged(offer: Offer, sign: str) -> AggregationError:

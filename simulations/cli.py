@@ -18,6 +18,7 @@ from common.console import Format, answer, stderr, stopping
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
 from server.cli import authority_app, server_app
+from simulations.audits.command import audit
 from simulations.bench.commands import bench_app
 
 if TYPE_CHECKING:
@@ -284,6 +285,7 @@ def export(
 
 
 app.command()(recommend)
+app.command()(audit)
 
 
 @data_app.command("list")
