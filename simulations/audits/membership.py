@@ -40,7 +40,7 @@ def audit_membership(
         if should_stop():
             break
         coins = generator.random(system.histories.users) < 0.5
-        attacker = _Alignment(system)
+        attacker = Alignment(system)
         again = system.seeded(seed * runs + run)
         claim = train(again, Present(devices_of(again), coins), system.examples, attacker.see)
         scores.append(attacker.scores())
@@ -97,7 +97,7 @@ def _means(scores: np.ndarray, chosen: np.ndarray, otherwise: np.ndarray) -> np.
     return np.where(counts > 0, (scores * chosen).sum(0) / np.maximum(counts, 1), otherwise)
 
 
-class _Alignment:
+class Alignment:
     """How far a run's sums point along each user's own update, computed anew at every fifth model."""
 
     def __init__(self, system: System) -> None:
