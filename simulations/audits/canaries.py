@@ -162,8 +162,9 @@ class _Scores:
                 "claimed noise over the measured one",
                 self._noise,
                 1.0,
-                "too little noise, however small the part of it that is missing may be",
-                "noise that somebody can predict; noise that is missing in some directions only",
+                "too little noise",
+                "noise that somebody can predict; noise that is missing in some directions only; a deficit of 2 % or so, "
+                "which rounding and real devices' updates hide",
             ),
             self._noise_check(
                 "prediction",

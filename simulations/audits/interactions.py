@@ -19,15 +19,15 @@ def audit_interactions(system: System, control: System, seed: int) -> Finding:
     """Two trainings: the system's, and `control`'s without its noise, on which the attack has to succeed."""
     own, rival = _excess_by_round(system, seed)
     unprotected, _ = _excess_by_round(control, seed)
-    low, high = mean_interval(own, ERROR)
-    works = mean_interval(unprotected, ERROR)[0] > 0
+    low, high = np.clip(mean_interval(own, ERROR), -1, 1).tolist()  # the difference of two areas
+    unprotected_low = float(np.clip(mean_interval(unprotected, ERROR)[0], -1, 1))
     return Finding(
         name="interactions",
         statistic="area under the ROC curve of a member's items from one sum, minus the popularity adversary's",
         value=float(own.mean()) if len(own) else 0.0,
         lower_bound=low,
         limit=0.0,
-        verdict=verdict_of(low, 0.0, works=works),
+        verdict=verdict_of(low, 0.0, works=unprotected_low > 0),
         detects="sums that tell more of a member's items than their popularity does",
         cannot_detect="leaks that need more than one round, or more than the order of the items by how far they moved; "
         "an ε of tens promises no zero here",
@@ -36,7 +36,7 @@ def audit_interactions(system: System, control: System, seed: int) -> Finding:
             "interval": [low, high],
             "popularity_area": rival,
             "without_noise": float(unprotected.mean()) if len(unprotected) else 0.0,
-            "without_noise_lower_bound": mean_interval(unprotected, ERROR)[0],
+            "without_noise_lower_bound": unprotected_low,
         },
     )
 

@@ -8,7 +8,7 @@ from simulations.audits.canaries import audit_canaries
 from simulations.audits.finding import Finding
 from simulations.audits.flaws import BROKEN, as_it_is, without_noise
 from simulations.audits.interactions import audit_interactions, control_of
-from simulations.audits.payload import audit_payload, no_masks
+from simulations.audits.payload import all_masks, audit_payload, no_masks
 from simulations.audits.system import Size, System
 
 CORRECT, NO_NOISE, NO_MASKS = "correct", "noise off", "masks off"
@@ -18,29 +18,27 @@ SYSTEMS = {CORRECT: as_it_is, **BROKEN, NO_NOISE: without_noise, NO_MASKS: as_it
 def study(
     system: System, size: Size, seeds: Sequence[int], on_step: Callable[[str], None], should_stop: Callable[[], bool]
 ) -> dict[str, Any]:
-    """``{system: {"seeds", "caught", "by": {audit: how often it failed}, "lower_bounds": {audit: least and most}}}``.
+    """How often each system was caught: ``{system: {"seeds", "caught", "by": {audit: how often it failed},
+    "lower_bounds": {audit: [least, most]}, "limits": {audit: of the first seed}}}``.
 
     All audits but the membership attack, whose shadow runs would take hours.
     """
-    results: dict[str, Any] = {}
-    for name, flaw in SYSTEMS.items():
-        runs: list[list[Finding]] = []
-        for seed in seeds:
+    runs: dict[str, list[list[Finding]]] = {name: [] for name in SYSTEMS}
+    for seed in seeds:
+        for name, flaw in SYSTEMS.items():
             if should_stop():
                 break
-            broken = replace(system, flaw=flaw)
-            mask = {"mask": no_masks} if name == NO_MASKS else {}
-            runs.append(
+            audited = replace(system, flaw=flaw)
+            mask = no_masks if name == NO_MASKS else all_masks
+            runs[name].append(
                 [
-                    *audit_canaries(broken, size.canaries, seed),
-                    audit_payload(broken, seed, **mask),
-                    audit_interactions(broken, control_of(broken), seed),
+                    *audit_canaries(audited, size.canaries, seed),
+                    audit_payload(audited, seed, mask),
+                    audit_interactions(audited, control_of(audited), seed),
                 ]
             )
             on_step(name)
-        if runs:
-            results[name] = _summary(runs)
-    return results
+    return {name: _summary(found) for name, found in runs.items() if found}
 
 
 def _summary(runs: list[list[Finding]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The same over 20 seeds, at the size of the command: `fedtopk audit RUN --study 2
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
