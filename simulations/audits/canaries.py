@@ -163,8 +163,8 @@ class _Scores:
                 self._noise,
                 1.0,
                 "too little noise",
-                "noise that somebody can predict; noise that is missing in some directions only; a deficit of 2 % or so, "
-                "which rounding and real devices' updates hide",
+                "noise that somebody can predict; noise that is missing in some directions only; a deficit of 2 %, "
+                "which rounding and real devices' updates may hide",
             ),
             self._noise_check(
                 "prediction",

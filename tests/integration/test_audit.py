@@ -21,7 +21,7 @@ from server.run_folder import RunFolder
 from simulations.audit import claim_of
 from simulations.audits.canaries import audit_canaries
 from simulations.audits.finding import Finding
-from simulations.audits.flaws import BROKEN, Flaw, as_it_is, without_noise
+from simulations.audits.flaws import BROKEN, Flaw, as_it_is, without_noise, without_sampling
 from simulations.audits.interactions import audit_interactions, control_of
 from simulations.audits.membership import Alignment, audit_membership, likelihood_ratios
 from simulations.audits.payload import audit_payload, no_masks
@@ -159,13 +159,13 @@ def test_likelihood_ratios_find_users_whose_scores_rise_when_they_are_there() ->
 
 def test_membership_of_real_users_passes_under_noise_and_shows_without() -> None:
     def attack(flaw: Flaw) -> Finding | None:
-        return audit_membership(replace(system(), flaw=flaw), 16, 0, lambda: None, lambda: False)
+        return audit_membership(replace(system(), flaw=flaw), SIZE.shadow_runs, 0, lambda: None, lambda: False)
 
-    protected, bare = attack(as_it_is), attack(without_noise)
+    protected = attack(as_it_is)
+    bare = attack(lambda *round_: without_sampling(*without_noise(*round_), round_[2]))
     assert protected is not None and bare is not None
     assert protected.verdict == "passed"
-    assert bare.details["tpr_interval"][0] > 0.01
-    assert bare.lower_bound > protected.lower_bound
+    assert bare.lower_bound > 0
 
 
 def test_a_stop_leaves_no_half_attack() -> None:

@@ -46,12 +46,12 @@ def test_a_larger_delta_or_fewer_right_guesses_never_raise_the_bound() -> None:
 def test_the_bound_exceeds_the_truth_as_seldom_as_it_says(epsilon: float) -> None:
     """Randomised response, whose guesses are right with the probability that ε allows: the worst case. The surest
     guesses are any, so that each choice of how many is at its own error."""
-    generator, error, trials = np.random.default_rng(0), 0.1, 300
+    generator, error, trials = np.random.default_rng(0), 0.1, 120
     wrong = 0
     for _ in range(trials):
-        present = generator.random(2048) < 0.5
-        kept = generator.random(2048) < 1 / (1 + math.exp(-epsilon))
-        scores = np.where(present == kept, 1.0, 0.0) + generator.random(2048) / 2
+        present = generator.random(1024) < 0.5
+        kept = generator.random(1024) < 1 / (1 + math.exp(-epsilon))
+        scores = np.where(present == kept, 1.0, 0.0) + generator.random(1024) / 2
         wrong += epsilon_bound([scores], present, 0.0, error).epsilon > epsilon
     assert rate_interval(wrong, trials, ERROR)[0] <= error
 
