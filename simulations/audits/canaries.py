@@ -50,13 +50,14 @@ def audit_canaries(system: System, canaries: int, seed: int) -> list[Finding]:
     examples = np.concatenate([system.examples, np.full(len(scores.canaries), EXCESS)])
     claim = train(system, cohort, examples, scores.see)
     bound = epsilon_bound([scores.blind, scores.predicting], scores.canaries.present, DELTA, ERROR)
+    largest = largest_bound(bound.coins, 2, DELTA, ERROR)
     epsilon = Finding(
         name="canaries",
         statistic="lower bound on ε from guesses which canaries were there, all releases seen",
         value=bound.epsilon,
         lower_bound=bound.epsilon,
         limit=claim,
-        verdict=verdict_of(bound.epsilon, claim),
+        verdict=verdict_of(bound.epsilon, claim, works=largest > claim),
         detects="too little noise, a clip that does not hold, lost sampling, weights, noise that follows from the "
         "settings: whatever lets one device's chosen update show",
         cannot_detect="that a claim above largest_bound is false; noise that is predictable from anything but the "
@@ -65,7 +66,7 @@ def audit_canaries(system: System, canaries: int, seed: int) -> list[Finding]:
             "canaries": bound.coins,
             "guesses": bound.guesses,
             "right": bound.right,
-            "largest_bound": largest_bound(bound.coins, 2, DELTA, ERROR),
+            "largest_bound": largest,
             **scores.estimate(),
         },
     )

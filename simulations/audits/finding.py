@@ -16,8 +16,7 @@ class Finding:
         value: the measurement.
         lower_bound: what it is at least, at 99.9 %.
         limit: what the lower bound must not exceed.
-        verdict: failed: it does; inconclusive: it does not, but the attack would not work on an unprotected system
-            of this size either.
+        verdict: failed: it does; inconclusive: it does not, but could not either at this size, whatever the system.
         detects, cannot_detect: in words.
         details: further figures.
     """
@@ -38,7 +37,7 @@ class Finding:
 
 
 def verdict_of(lower_bound: float, limit: float, *, works: bool = True) -> Verdict:
-    """Whether a bound is within its limit; `works`: whether the attack has been seen to succeed."""
+    """Whether a bound is within its limit; `works`: whether the audit could have failed."""
     if lower_bound > limit:
         return "failed"
     return "passed" if works else "inconclusive"

@@ -103,7 +103,7 @@ def audit_payload(system: System, seed: int, mask: Callable[[Masks], Masks] = al
         lower_bound=_surprise(p_value),
         limit=_surprise(ERROR),
         verdict=verdict_of(_surprise(p_value), _surprise(ERROR), works=hits_p_value(raw, sizes, items) < ERROR),
-        detects="uploads that are not masked, or masked in part, and an encoding that shows through",
+        detects="uploads that are not masked",
         cannot_detect="masks that somebody else can compute; a server that is told which survivors to unmask twice "
         "(tests/unit/test_secagg_attacks.py)",
         details={

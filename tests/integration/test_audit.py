@@ -164,7 +164,7 @@ def test_membership_of_real_users_passes_under_noise_and_shows_without() -> None
     protected = attack(as_it_is)
     bare = attack(lambda *round_: without_sampling(*without_noise(*round_), round_[2]))
     assert protected is not None and bare is not None
-    assert protected.verdict == "passed"
+    assert protected.verdict == "inconclusive"  # 240 coins contradict no ε above 1.9
     assert bare.lower_bound > 0
 
 
