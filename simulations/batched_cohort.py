@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.local_update import compute_update
+from client.local_update import Gradients, compute_update
 from common.errors import AggregationError
 from common.model import Parameters, flatten, items_in, unflatten
 from common.objective import histogram
@@ -101,14 +101,16 @@ class BatchedCohort:
         self._population.restore(state)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
+        fixed, metrics = self.clipped_sum(offer, members)
+        return CohortSum(release(offer, fixed), len(members), len(members), simulation_metrics=metrics)
+
+    def clipped_sum(self, offer: Offer, members: np.ndarray) -> tuple[np.ndarray, dict[str, float | list[float]]]:
+        """(d,) int64 the members' clipped sum in fixed point, before noise, and the means of their metrics."""
         fixed = np.zeros(sum(value.numel() for value in offer.parameters.values()), np.int64)
         blocks = list(self._compute(offer, members, fixed))
         for block in blocks:
             self._population.users[torch.from_numpy(block.devices)] = block.local_users
-        total = fixed / fixed_point_scale(offer.settings.privacy.clip_norm)
-        if offer.settings.private:
-            total = release_central(total, offer.encoding, offer.signs, offer.stream("central"))
-        return CohortSum(total, len(members), len(members), simulation_metrics=_means(blocks))
+        return fixed, _means(blocks)
 
     def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[Block]:
         """Add the members' clipped sum to `fixed`; blocks come in their fixed order."""
@@ -134,22 +136,35 @@ def fixed_point_scale(clip_norm: float) -> float:
 
 def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray) -> Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
+    settings, clip = offer.settings, offer.settings.privacy.clip_norm
+    update = compute_update(settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice)
+    norms = add_clipped(offer, update.gradients, fixed)
+    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms, "norms": _norm_bin(norms, clip)}
+    return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
+
+
+def add_clipped(offer: Offer, gradients: Gradients, fixed: np.ndarray) -> Tensor:
+    """Add the devices' gradients, each clipped to C, to `fixed` (d,) int64; returns (B,) their norms."""
     clip = offer.settings.privacy.clip_norm
-    update = compute_update(
-        offer.settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice
-    )
-    norms = update.gradients.norms()
+    norms = gradients.norms()
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")
-    total = update.gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
+    total = gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
     for start in range(0, len(total), _CACHED):
         part = total[start : start + _CACHED].double().mul_(fixed_point_scale(clip)).round_().numpy()
         highest = np.abs(part).max()
         if not highest < 2.0**52:
             raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
         fixed[start : start + _CACHED] += part.astype(np.int64)
-    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms, "norms": _norm_bin(norms, clip)}
-    return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
+    return norms
+
+
+def release(offer: Offer, fixed: np.ndarray) -> np.ndarray:
+    """(d,) float64 what is released of a fixed-point sum: with noise, unless the run is without."""
+    total = fixed / fixed_point_scale(offer.settings.privacy.clip_norm)
+    if offer.settings.private:
+        return release_central(total, offer.encoding, offer.signs, offer.stream("central"))
+    return np.asarray(total)
 
 
 NORM_EDGES = torch.logspace(-2, 2, 17)

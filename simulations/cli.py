@@ -18,6 +18,7 @@ from common.console import answer, stderr, stopping
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
 from server.cli import authority_app, server_app
+from simulations.audits.command import audit
 from simulations.bench.commands import bench_app
 from simulations.experiment_commands import accuracy, closed_loop, compare, demo, paper
 from simulations.options import CORES, ConfigOption, FormatOption, SetOption, WorkersOption
@@ -201,6 +202,7 @@ def export(
 
 
 app.command()(recommend)
+app.command()(audit)
 
 
 @data_app.command("list")

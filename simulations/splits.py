@@ -78,7 +78,7 @@ class Split:
 
     def history(self, kind: Kind) -> Interactions:
         """All users' interactions before the targets of that kind; for the test, training and validation."""
-        return self.train if kind == "validation" else _first(self.interactions, self.tested_after)
+        return self.train if kind == "validation" else first(self.interactions, self.tested_after)
 
 
 def split(interactions: Interactions, protocol: Protocol) -> Split:
@@ -107,7 +107,7 @@ def split(interactions: Interactions, protocol: Protocol) -> Split:
     return Split(
         protocol=protocol,
         interactions=interactions,
-        train=_first(interactions, trained),
+        train=first(interactions, trained),
         validation=_targets(interactions, validated, trained),
         test=_targets(interactions, tested, tested_after),
         tested_after=tested_after,
@@ -143,8 +143,8 @@ def _drawn(targets: Targets, most: int, seed: int) -> Targets:
     return Targets(targets.users[chosen], targets.items[chosen])
 
 
-def _first(interactions: Interactions, lengths: np.ndarray) -> Interactions:
-    """Each user's first interactions, as many as (N,) lengths say."""
+def first(interactions: Interactions, lengths: np.ndarray) -> Interactions:
+    """Each user's first interactions, as many as (N,) lengths say, or all."""
     position = np.arange(len(interactions.items)) - np.repeat(interactions.offsets[:-1], interactions.lengths())
     kept = position < np.repeat(lengths, interactions.lengths())
     return Interactions(
