@@ -95,11 +95,15 @@ def engine(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = CORES,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measurements of each; the median counts.")] = 3,
     growth: Annotated[bool, typer.Option("--growth", help="Also our engine at other sizes.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Instead: where our engine's time goes, beside its arithmetic's.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="At most 40 of 60 devices, 200 items, 10 steps.")] = False,
     format: FormatOption = "text",
 ) -> None:
     """Measure device updates per second, beside Flower's simulation and a plain loop (minutes, on an idle machine)."""
     from simulations.bench.engine import Engine, bench_engine, compared, grown, results_table
+    from simulations.bench.engine_profile import profile_table, profiled
     from simulations.bench.engine_workloads import Softmax, Workload
     from simulations.progress import RoundsBar
 
@@ -108,6 +112,10 @@ def engine(
     kinds = softmax or ("full,sampled" if workload == "reference" else "sampled")
     chosen = _words("softmax", kinds, get_args(Softmax))
     workloads = [Workload(workload, kind, devices, cohort, items, steps) for kind in chosen]
+    if profile:
+        measured = profiled(workloads)
+        answer(format, measured, lambda: profile_table(measured))
+        return
     comparison = compared(workloads, _words("engines", engines, get_args(Engine)), workers, runs, quick=quick)
     more = grown(replace(workloads[0], softmax="sampled"), workers, runs, quick=quick) if growth else []
     with RoundsBar(len(comparison) + len(more), "engine", "rows") as bar:
