@@ -36,7 +36,7 @@ _PARTS = {
 
 def profile_engine(workload: Workload) -> dict[str, Any]:
     """Of one block: ``{"softmax", "block", "microseconds", "floor_microseconds", "ratio", "megaflops", "gigaflops",
-    "parts"}``, CPU times per device on one thread and the share of each part in it; `gigaflops` a second of a large product.
+    "parts"}``, CPU times per device on one thread and each part's share; `gigaflops`: of a large product, a second.
     """
     keep_freed_memory()
     population, offer = workload.population(), workload.offer(1, workload.parameters(), silent=True)
