@@ -49,8 +49,8 @@ class Spending:
         return Spending(self.history + other.history, self.server + other.server, self.delta_loss + other.delta_loss)
 
     def left(self, delta: float) -> float:
-        """What the mechanisms have of δ."""
-        return _left(delta, self.delta_loss, f"{len(self.history)} runs")
+        """What the mechanisms have of δ. Raises :class:`PrivacyError` where encodings and minimum cohorts lost more."""
+        return _left(delta, self.delta_loss / 2, f"{len(self.history)} runs")  # two parts are set aside, for either
 
     def statement(self, delta: float) -> dict[str, Any]:
         """Both figures of all the runs at δ, for the most exposed user: one who was there in each of them."""

@@ -60,7 +60,10 @@ def test_the_model_is_to_the_bit_that_of_a_plain_simulation(fleet: Fleet, plain:
     assert (fleet.run / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     simulated = json.loads((plain / "report.json").read_text())
     figures = {name: value for name, value in simulated["privacy"].items() if name in fleet.report["privacy"]}
-    assert figures == fleet.report["privacy"]
+    alone = {name: value for name, value in fleet.report["privacy"].items() if name != "population"}
+    assert figures == alone
+    spent = fleet.report["privacy"]["population"]
+    assert (spent["runs"], spent["epsilon_model"]) == (1, pytest.approx(alone["epsilon_model"], rel=1e-6))
 
 
 @pytest.mark.parametrize("number", range(DEVICES))

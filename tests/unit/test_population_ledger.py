@@ -27,6 +27,7 @@ def test_runs_compose() -> None:
     assert ONE.statement(1e-4)["epsilon_server"] == pytest.approx(epsilon_server(1.2, 0.8, 30, 1e-4 * 0.998))
     assert (TWO + TWO).statement(1e-4)["epsilon_model"] == pytest.approx(epsilon_model(2.0, 1.0, 10, 1e-4 * 0.998))
     assert Spending().statement(1e-4)["epsilon_model"] == Spending().statement(1e-4)["epsilon_server"] == 0
+    assert Spending(ONE.history, ONE.server, 1.9e-3 * 1e-4).left(1e-4) == 1e-4 * 0.998  # one run may lose as much
     with pytest.raises(PrivacyError, match="2 runs lose"):
         (ONE + TWO).statement(1e-16)
 
