@@ -125,4 +125,6 @@ def test_dashboard() -> None:
     results = bench_dashboard(settings_of(60, 2, 3), 2, 1, lambda stretch, kind: told.append((stretch, kind)))
     assert told == [(1, "open"), (2, "closed")]
     assert results["rounds"] == 9 and min(results["round_s"].values()) > 0
-    assert results["overhead"] == pytest.approx(results["round_s"]["open"] / results["round_s"]["closed"] - 1, rel=0.1, abs=0.05)
+    assert results["overhead"] == pytest.approx(
+        results["round_s"]["open"] / results["round_s"]["closed"] - 1, rel=0.1, abs=0.05
+    )
