@@ -38,12 +38,12 @@ class Spending:
         final = course.report.get("privacy", {})
         if {"epsilon_model", "epsilon_server", "releases"} <= set(final):
             self._spent(final["releases"], final["epsilon_model"], final["epsilon_server"])
-        now = time.monotonic()
+        missing, now = self._missing(course), time.monotonic()
         busy = self._due is not None and not self._due.done()
-        behind = self.spent is None or self.spent["releases"] < course.releases or len(self.curve) < 2
-        if not busy and behind and now >= self._next:
-            self._next = now + _PAUSE_SECONDS
-            self._due = _worker.submit(self._compute, account, course.releases, course.attempts, _ends_at(course))
+        behind = self.spent is None or self.spent["releases"] < course.releases
+        if not busy and (missing or behind) and now >= self._next:
+            self._next = now if missing else now + _PAUSE_SECONDS
+            self._due = _worker.submit(self._compute, account, course.releases, course.attempts, missing[:1])
 
     @property
     def version(self) -> tuple[object, ...]:
@@ -53,24 +53,33 @@ class Spending:
     def finish(self, course: Course) -> None:
         """The same, and wait until all figures are there."""
         self.update(course)
-        if self._due is not None:
+        while self._due is not None:
             self._due.result()
+            self._due = None
+            if self._missing(course):
+                self.update(course)
 
     def _spent(self, releases: int, model: float, server: float) -> None:
         if self.spent is not None:
             model, server = max(model, self.spent["epsilon_model"]), max(server, self.spent["epsilon_server"])
         self.spent = {"releases": releases, "epsilon_model": model, "epsilon_server": server}
 
-    def _compute(self, fields: dict[str, float], releases: int, attempts: int, last: int) -> None:
+    def _missing(self, course: Course) -> list[int]:
+        """Points of the curve that are still to be computed; more of them where it bends."""
+        if not course.opened.get("account"):
+            return []
+        last = _ends_at(course)
+        return sorted({round(last * (step / _POINTS) ** 2) for step in range(_POINTS + 1)} - self.curve.keys())
+
+    def _compute(self, fields: dict[str, float], releases: int, attempts: int, points: list[int]) -> None:
         from common.privacy.budget import Account  # brings torch, which takes seconds
 
         account = Account(**fields)
         if self.spent is None or self.spent["releases"] < releases:
             self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
-        for point in sorted({round(last * (step / _POINTS) ** 2) for step in range(_POINTS + 1)}):
-            if point not in self.curve:
-                figures = (account.epsilon_model(point), account.epsilon_server(point))
-                self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
+        for point in points:
+            figures = (account.epsilon_model(point), account.epsilon_server(point))
+            self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
 
 
 def _ends_at(course: Course) -> int:

@@ -143,6 +143,7 @@ def run_facts(name: str, course: Course, spending: Spending) -> dict[str, Any]:
         "failures": list(course.failures)[:20],
         "stages": _last_stages(course),
         "evaluation": course.report.get("evaluation"),
+        "final_privacy": course.report.get("privacy", {}),
         "differences": differences(course.settings),
         "all_settings": course.settings.flat(),
         "log": [(event, _in_words(event)) for event in reversed(course.log)],

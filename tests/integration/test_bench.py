@@ -115,3 +115,16 @@ def test_fuzz_without_atheris(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"fedtopk\[dev\]"):
         fuzzing.fuzz(1, 0, lambda done, name: None)
+
+
+def test_dashboard() -> None:
+    """The viewer comes and goes as it should; how large the overhead is, is for an idle machine to say."""
+    from simulations.bench.dashboard import bench_dashboard, settings_of
+
+    told: list[tuple[int, str]] = []
+    results = bench_dashboard(settings_of(60, 2, 3), 2, 1, lambda stretch, kind: told.append((stretch, kind)))
+    assert told == [(1, "open"), (2, "closed")]
+    assert results["rounds"] == 9 and min(results["round_s"].values()) > 0
+    assert results["overhead"] == pytest.approx(
+        results["round_s"]["open"] / results["round_s"]["closed"] - 1, rel=0.1, abs=0.05
+    )

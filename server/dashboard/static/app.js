@@ -95,7 +95,7 @@ function dressed(option) {
       ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
           text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
           inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
-      : { legend: { ...option.legend, type: "scroll", show: option.legend.show ?? option.legend.data.length > 1, top: 4, textStyle: { color: ink } } }),
+      : { legend: { ...option.legend, type: "scroll", itemWidth: 14, itemGap: 8, show: option.legend.show ?? option.legend.data.length > 1, top: 4, textStyle: { color: ink, fontSize: 11 } } }),
     xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
     yAxis: axis({ ...option.yAxis, name: "", axisLabel: { color: quiet, hideOverlap: true, interval: heat ? 3 : undefined } }),
     series: option.series,
