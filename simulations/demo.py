@@ -40,7 +40,11 @@ def demo(out: Path, workers: int, watch_of: Callable[[str, int], Watch]) -> dict
 def results_table(reports: dict[str, Any]) -> Table:
     """All runs, with popularity and Markov on the same split."""
     evaluation = next(iter(reports.values()))["evaluation"]
-    table = Table(title=f"MovieLens small, {evaluation['users']} users, last interaction held out, full ranking")
+    private = (report["privacy"] for report in reports.values() if "epsilon_model" in report["privacy"])
+    table = Table(
+        title=f"MovieLens small, {evaluation['users']} users, last interaction held out, full ranking",
+        caption=next((_meaning(privacy) for privacy in private), None),
+    )
     for heading in ("", "ε_model", "ε_server", "HR@10 [95 %]", "NDCG@10 [95 %]", "coverage"):
         table.add_column(heading)
     rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -53,6 +57,14 @@ def results_table(reports: dict[str, Any]) -> Table:
         cells = (f"{figures[key]:.3f} {_interval(figures, key)}" for key in ("hr@10", "ndcg@10"))
         table.add_row(name, *spent, *cells, f"{figures['coverage@10']:.2f}")
     return table
+
+
+def _meaning(privacy: dict[str, Any]) -> str:
+    figures = (
+        f"{heading}: {privacy['adjacency'][key]}, for {privacy['observer'][key]}"
+        for heading, key in (("ε_model", "epsilon_model"), ("ε_server", "epsilon_server"))
+    )
+    return f"Per {privacy['unit']}, δ={privacy['delta']:.2g}. {'. '.join(figures)}."
 
 
 def verdict(reports: dict[str, Any]) -> str:

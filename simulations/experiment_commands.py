@@ -29,7 +29,8 @@ def demo(
         reports = run(out, workers, lambda name, rounds: watch(bars, name, rounds))
     if any(report["status"] in ("stopped", "aborted") for report in reports.values()):
         raise typer.Exit(130)
-    answer(format, reports, lambda: Group(results_table(reports), verdict(reports), f"Run folders: {out}/run-*"))
+    where = f"Run folders: {out}/run-*. On a web page: fedtopk dashboard {out}"
+    answer(format, reports, lambda: Group(results_table(reports), verdict(reports), where))
 
 
 def compare(
