@@ -9,7 +9,9 @@ from server.dashboard.course import Course
 _POINTS = 12
 """Of the curve."""
 _PAUSE_SECONDS = 5.0
-"""Between two computations for a run that goes on: the machine is the run's."""
+"""Between two computations for a run that goes on, at least: the machine is the run's."""
+_SHARE = 0.02
+"""Of a core, that they may cost once the curve is there."""
 
 _worker = ThreadPoolExecutor(1, "epsilon")
 
@@ -28,7 +30,7 @@ class Spending:
         self.spent: dict[str, Any] | None = None
         self.curve: dict[int, tuple[float, float]] = {}
         self._due: Future[None] | None = None
-        self._next = 0.0
+        self._next = self._cost = 0.0
 
     def update(self, course: Course) -> None:
         """Take the figures of a run that has ended from its report, and have the others computed."""
@@ -42,7 +44,7 @@ class Spending:
         busy = self._due is not None and not self._due.done()
         behind = self.spent is None or self.spent["releases"] < course.releases
         if not busy and (missing or behind) and now >= self._next:
-            self._next = now if missing else now + _PAUSE_SECONDS
+            self._next = now if missing else now + max(_PAUSE_SECONDS, self._cost / _SHARE)
             self._due = _worker.submit(self._compute, account, course.releases, course.attempts, missing[:1])
 
     @property
@@ -74,12 +76,13 @@ class Spending:
     def _compute(self, fields: dict[str, float], releases: int, attempts: int, points: list[int]) -> None:
         from common.privacy.budget import Account  # brings torch, which takes seconds
 
-        account = Account(**fields)
+        account, start = Account(**fields), time.thread_time()
         if self.spent is None or self.spent["releases"] < releases:
             self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
         for point in points:
             figures = (account.epsilon_model(point), account.epsilon_server(point))
             self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
+        self._cost = time.thread_time() - start
 
 
 def _ends_at(course: Course) -> int:

@@ -30,6 +30,7 @@ from simulations.bench.machine import machine
 from simulations.simulate import Watch, simulate
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_SETTLING = 60
 _SKIPPED = 1
 """Rounds of a stretch that do not count: the viewer is about to come or go."""
 
@@ -67,7 +68,10 @@ def bench_dashboard(
             def on_round(progress: Progress, remark: str) -> None:
                 stretch, place = divmod(progress.round - 1, rounds)
                 if stretch == 0:
+                    if place == 0:
+                        ours.send("open")
                     if place == rounds - 1:
+                        _settle(dashboard.pid)
                         ours.send("closed")
                     return
                 now, open_ = time.perf_counter(), stretch % 2 == 1
@@ -122,6 +126,15 @@ def _address(dashboard: "subprocess.Popen[bytes]") -> str:
 def _cpu_seconds(process: int) -> float:
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _settle(process: int) -> None:
+    """Wait until the dashboard has computed what it does once for a run."""
+    for _ in range(_SETTLING):
+        before = _cpu_seconds(process)
+        time.sleep(3)
+        if _cpu_seconds(process) - before < 0.15:
+            return
 
 
 def _view(address: str, told: Connection) -> None:
