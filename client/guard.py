@@ -75,8 +75,8 @@ class Policy:
             f"noise of at least {self.minimum_noise_multiplier:g} times the most that this device adds "
             f"({self.maximum_clip:g})" + (", which may be reproducible: for trying things out" * self.reproducible),
             f"at most {contributions} uploads" if contributions else "any number of uploads",
-            f"ε_server of at most {epsilon:g} at δ={self.delta:g} for all of them (what servers learn of this user: "
-            "updates, or zeros)"
+            f"ε_server of at most {epsilon:g} at δ={self.delta:g} for all of them (one user, its updates against "
+            "zeros, for the servers that get them)"
             if epsilon
             else "any ε_server",
             *(["rounds for which its own coin falls so"] if self.own_coins else []),
