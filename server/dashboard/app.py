@@ -38,7 +38,7 @@ Preview = Callable[[Path, int], Mapping[str, Any]]
 """``preview(run, user)``: what a simulated user has seen and would be shown; raises FedtopkError."""
 
 _TICK_SECONDS = 1.0
-_SHARE = 0.02
+_SHARE = 0.01
 """Of a core, that one viewer of a run may cost: the longer the run, the rarer its news."""
 _BODY = 4096
 """Longest body of a request."""

@@ -10,7 +10,7 @@ _POINTS = 12
 """Of the curve."""
 _PAUSE_SECONDS = 5.0
 """Between two computations for a run that goes on, at least: the machine is the run's."""
-_SHARE = 0.02
+_SHARE = 0.01
 """Of a core, that they may cost once the curve is there."""
 
 _worker = ThreadPoolExecutor(1, "epsilon")
