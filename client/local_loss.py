@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.ghost import Picked, Tape
+from common.candidates import Candidates, InBatch, Negatives
 from common.item_slice import ItemSlice
 from common.model import HEADS, Parameters, condition, items_in, policy_weight, queries
 from common.objective import WEIGHT_EDGES, Evidence, coefficients, histogram, mean_over, top_k_multiplier
 from common.settings import Head, Settings
-from common.softmax import (
-    CandidateLikelihood,
-    Candidates,
-    InBatch,
-    ItemLikelihood,
-    Negatives,
-    candidate_likelihood,
-    likelihood,
-)
+from common.softmax import CandidateLikelihood, ItemLikelihood, candidate_likelihood, likelihood
+from common.tape import Picked, Tape
 from common.trajectory import HIGHEST_REWARD, Trajectories
 
 MULTIPLIER_BINS = 20

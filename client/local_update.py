@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from client.local_loss import At, Loss, Steps, states_at, steps_between
-from common.ghost import Gradient, Tape
+from common.candidates import Candidates
+from common.ghost import Gradient
 from common.item_slice import ItemSlice
 from common.model import Parameters, group_of
 from common.recurrence import Recurrence
 from common.settings import GroupScale, Settings
-from common.softmax import Candidates
+from common.tape import Tape
 from common.trajectory import Trajectories
 
 _SMALLEST_COEFFICIENT = 1e-6

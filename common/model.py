@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.candidates import log_uniform
 from common.errors import ModelError
-from common.ghost import Dense, Tape
 from common.settings import Head, ModelSettings, Settings
-from common.softmax import log_uniform
+from common.tape import Dense, Tape
 
 Parameters = dict[str, Tensor]
 Group = Literal["items", "cell", "policy", "behaviour", "critic"]

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from common.candidates import Candidates, InBatch, draw_negatives, every_item, log_uniform, take_turns
 from common.errors import ProtocolError
 from common.item_slice import ItemSlice, slice_of
 from common.model import HEADS, Parameters, check_parameters, items_in, shapes
@@ -16,7 +17,6 @@ from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
 from common.secagg.terms import Terms
 from common.settings import Settings
-from common.softmax import Candidates, InBatch, draw_negatives, every_item, log_uniform, take_turns
 
 
 @dataclass(frozen=True)

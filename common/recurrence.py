@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from common.ghost import Gradient, cut, products, scattered
+from common.ghost import Gradient, Scattered, cut, products
 from common.model import Parameters, input_rows
 from common.scan import CfnScan, GruScan, Scan, cfn_steps, gru_steps
 from common.settings import ModelSettings
@@ -77,7 +77,7 @@ class Recording:
         if self.scan is None:
             return []
         by_input, uses = self.scan.backward(wanted.transpose(0, 1))
-        looked_up = scattered(self._by_embedding(by_input).transpose(0, 1), self.rows)
+        looked_up = Scattered(self._by_embedding(by_input).transpose(0, 1), self.rows)
         cell = [(name, products(cut(delta.transpose(0, 1)), inputs.transpose(0, 1))) for name, delta, inputs in uses]
         return [("items.embedding", looked_up), *cell]
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from client.local_update import LocalUpdate, adapt_users, compute_update
+from common.candidates import Negatives, draw_negatives, log_uniform
 from common.model import Parameters, condition, initialise, queries
 from common.objective import Evidence, coefficients, mean_over, returns_of
 from common.recurrence import Recurrence
 from common.settings import Settings, parse_flat
-from common.softmax import Negatives, draw_negatives, likelihood, log_uniform
+from common.softmax import likelihood
 from common.trajectory import Trajectories, pad
 
 LENGTHS = (9, 0, 1, 30, 2, 3, 17, 4)

@@ -15,12 +15,14 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from client.local_update import LocalUpdate, compute_update
-from common.ghost import Dense, Sampled, Tape, scattered
+from common.candidates import Negatives, draw_negatives, log_uniform
+from common.ghost import Scattered
 from common.model import Parameters, group_of, initialise
 from common.objective import returns_of
 from common.privacy.clipping import clip_factor
 from common.settings import Estimator, Settings, parse_flat
-from common.softmax import Negatives, draw_negatives, likelihood, log_uniform
+from common.softmax import likelihood
+from common.tape import Dense, Sampled, Tape
 from common.trajectory import Trajectories
 
 quick = hypothesis_settings(max_examples=40, deadline=None)
@@ -123,7 +125,7 @@ def test_scattered_rows_are_what_autograd_scatters(problem: Problem, weights: li
     leaf = problem.weight.clone().requires_grad_()
     loss = (leaf[problem.ids] * problem.inputs).sum((1, 2))
     expected = torch.stack([torch.autograd.grad(user, leaf, retain_graph=True)[0] for user in loss])
-    gradient, own = scattered(problem.inputs, problem.ids), torch.tensor(weights[: len(loss)], dtype=torch.float64)
+    gradient, own = Scattered(problem.inputs, problem.ids), torch.tensor(weights[: len(loss)], dtype=torch.float64)
     total = torch.ones_like(problem.weight)
     gradient.add_sum(own, total)
     assert_exact(gradient.square_norms(), expected.square().sum((1, 2)))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from client.local_update import LocalUpdate, compute_update
+from common.candidates import Candidates
 from common.errors import ModelError, SettingsError
 from common.item_slice import ItemSlice, cut, rows_digest, scatter, slice_of
 from common.model import Parameters, flatten, initialise, input_rows, items_in, shapes, unflatten
@@ -20,7 +21,7 @@ from common.privacy.encoding import Encoding
 from common.recurrence import Recurrence
 from common.secagg.terms import Terms
 from common.settings import Settings, load_settings, parse_flat
-from common.softmax import Candidates, likelihood
+from common.softmax import likelihood
 from common.trajectory import Trajectories, pad
 
 quick = hypothesis_settings(max_examples=40, deadline=None)

@@ -10,16 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from common.ghost import Tape
-from common.softmax import (
-    CandidateLikelihood,
-    InBatch,
-    Negatives,
-    draw_negatives,
-    likelihood,
-    log_uniform,
-    take_turns,
-)
+from common.candidates import InBatch, Negatives, draw_negatives, log_uniform, take_turns
+from common.softmax import CandidateLikelihood, likelihood
+from common.tape import Tape
 
 ITEMS, USERS, STEPS, WIDTH = 40, 3, 5, 4
 CHANCE = 1e-3
