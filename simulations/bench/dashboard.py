@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from rich.table import Table
@@ -57,8 +57,8 @@ def bench_dashboard(
         out = Path(scratch) / "run"
         out.mkdir()
         words = [program("fedtopk"), "dashboard", str(out), "--port", "0"]
-        with running(words, {}, subprocess.PIPE) as dashboard:
-            address = _address(dashboard)
+        with running(words, {}, subprocess.PIPE) as dashboard, _output_of(dashboard) as output:
+            address = _address(output)
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
             viewer = multiprocessing.get_context("spawn").Process(target=_view, args=(address, theirs), daemon=True)
             viewer.start()
@@ -114,9 +114,13 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _address(dashboard: "subprocess.Popen[bytes]") -> str:
-    assert dashboard.stdout is not None
-    line = dashboard.stdout.readline().decode()
+def _output_of(process: "subprocess.Popen[bytes]") -> IO[bytes]:
+    assert process.stdout is not None
+    return process.stdout
+
+
+def _address(output: IO[bytes]) -> str:
+    line = output.readline().decode()
     found = re.search(r"http://[^ ]+:\d+", line)
     if found is None:
         raise RunError(f"Expected the dashboard to start, and it said: {line.strip()}")

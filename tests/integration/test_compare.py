@@ -94,7 +94,7 @@ def test_tensorboard_files_hold_what_was_recorded(out: Path) -> None:
     assert scalars["simulation/policy_loss"] == pytest.approx(losses)
     assert scalars["round/members"] == members
     assert scalars["validation/hr_at_10"] == pytest.approx(validated)
-    assert set(histograms) == {"simulation/log10_weights", "simulation/multipliers"}
+    assert set(histograms) == {"simulation/log10_weights", "simulation/multipliers", "simulation/log10_norms"}
     for tag, by_round in histograms.items():
         assert list(by_round) == ROUNDS, tag
         for histogram in by_round.values():

@@ -1,6 +1,5 @@
 """Run folders as of long runs, written without running them."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 from sqlalchemy import insert
 
 from common.settings import load_settings
+from server.events import append
 from server.ledger import ledger_table
 from server.run_folder import RunFolder
-from server.store import event_table
 
 ACCOUNT = {"multiplier": 1.5, "honest": 0.8, "rate": 0.01, "delta": 1e-6, "spendable": 9.9e-7}
 BOUNDS = {
@@ -25,10 +24,10 @@ def write_run(out: Path, rounds: int, devices: int = 1_000_000, kind: str = "cen
     folder = RunFolder(out)
     overrides = [f"training.rounds={rounds}", "training.cohort_rate=0.01", f"aggregation.kind={kind}"]
     settings = load_settings(None, overrides + ([f'data.path="{title}"'] if title else []))
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[str, int | None, dict[str, Any]]] = []
 
     def record(event: str, round_: int | None, **fields: Any) -> None:
-        rows.append({"time": 1e9 + len(rows), "kind": event, "round": round_, "fields": json.dumps(fields)})
+        rows.append((event, round_, fields))
 
     record(
         "opened",
@@ -73,7 +72,8 @@ def write_run(out: Path, rounds: int, devices: int = 1_000_000, kind: str = "cen
             )
     record("finished", rounds, reason="")
     with folder.open(settings, resume=False) as store, store.transaction() as connection:
-        connection.execute(insert(event_table), rows)
+        for second, (event, round_, fields) in enumerate(rows):
+            append(connection, 1e9 + second, event, round_, **fields)
         entry = {"attempt": 1, "noise_multiplier": 1.5, "rate": 0.01, "reserved_at": 0.0, "uploaded_at": 0.0}
         connection.execute(
             insert(ledger_table), [entry | {"round": n, "released_at": 0.0} for n in range(1, rounds + 1)]

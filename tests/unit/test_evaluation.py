@@ -85,7 +85,7 @@ def test_diverged_model_is_an_error(population: Split) -> None:
 
 def test_baselines_stand_beside_the_scorer(population: Split) -> None:
     report = compare(Oracle(population, "test", 1.0), population, "test", seed=0)
-    figures = {"users", "hr@10", "hr@10_ci95", "ndcg@10", "ndcg@10_ci95", "coverage@10"}
+    figures = {"users", "hr@10", "hr@10_ci95", "ndcg@10", "ndcg@10_ci95", "coverage@10", "deciles@10"}
     assert set(report) == figures | {"protocol", "popularity", "markov"}
     assert report["protocol"] == "leave-last-out"
     assert report["hr@10"] == 1
