@@ -8,15 +8,17 @@ rounding and noise happen once, on the total.
 
 import math
 import multiprocessing
+import pickle
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BytesIO
 from multiprocessing.queues import SimpleQueue
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -209,9 +211,9 @@ class _Pool:
         light = replace(offer, parameters={})
         try:
             with _signals_held_back():  # the workers that this starts inherit it: Ctrl-C is the main process's
-                futures = [self._executor.submit(_work, light, job) for job in jobs]  # type: ignore[union-attr]
+                futures = [self._executor.submit(_work, light, _packed(job)) for job in jobs]  # type: ignore[union-attr]
             wait(futures)  # before any error is raised: a straggler must not write into the next round's sums
-            blocks = [future.result() for future in futures]
+            blocks = [pickle.loads(future.result()) for future in futures]
         except BrokenProcessPool:
             self._executor = None
             raise AggregationError("A worker process died during the round; nothing was released.") from None
@@ -265,5 +267,19 @@ class _Worker:
 _worker: _Worker
 
 
-def _work(light: Offer, job: Job) -> Block:
-    return compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums)
+def _work(light: Offer, packed: bytes) -> bytes:
+    job: Job = pickle.loads(packed)
+    return _packed(compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums))
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as numpy's arrays: by themselves each takes a tenth of a millisecond, or a piece of shared memory."""
+
+    def reducer_override(self, value: object) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
+
+
+def _packed(value: object) -> bytes:
+    packed = BytesIO()
+    _Pickler(packed, protocol=5).dump(value)
+    return packed.getvalue()
