@@ -191,7 +191,7 @@ class _Critic:
         self._weight, self._conditioned = parameters[name], conditioned.detach()
         logit = (conditioned * self._weight[steps.items]).sum(-1)
         if tape is not None:
-            tape.uses.append(Picked(name, conditioned, steps.items, tape.watch(logit)))
+            tape.uses.append(Picked(name, conditioned, tape.watch(logit), steps.items))
         self.loss = binary_cross_entropy_with_logits(
             logit, steps.rewards.clamp(min=0) / HIGHEST_REWARD, reduction="none"
         )

@@ -99,10 +99,10 @@ def likelihood(
             log_probability, slope, residuals, missing = _sampled_log_softmax(weight, queries, items, candidates)
     log_probability = tape.watch(_Sloped.apply(queries, log_probability, slope))  # type: ignore[no-untyped-call]
     if candidates is None:
-        tape.uses.append(LogSoftmax(name, queries, residuals, grams, log_probability))
+        tape.uses.append(LogSoftmax(name, queries, log_probability, residuals, grams))
     else:
         ids = candidates.ids
-        tape.uses.append(SampledLogSoftmax(name, queries, ids, residuals, items, missing, log_probability))
+        tape.uses.append(SampledLogSoftmax(name, queries, log_probability, ids, residuals, items, missing))
     return ItemLikelihood(log_probability, log_probability)
 
 
@@ -145,7 +145,7 @@ def _in_batch(
 ) -> ItemLikelihood:
     logits = queries @ weight[items].transpose(1, 2)
     if tape is not None:
-        tape.uses.append(Crossed(name, queries, items, tape.watch(logits)))
+        tape.uses.append(Crossed(name, queries, tape.watch(logits), items))
     own = logits.diagonal(dim1=1, dim2=2)
     draws = mask.sum(-1, keepdim=True) - 1  # the other steps
     log_weights = (-candidates.log_q[items] - draws.clamp(min=1).log()).unsqueeze(1)

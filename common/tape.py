@@ -41,8 +41,8 @@ class Tape:
 
 
 @dataclass
-class Dense:
-    """y = x Wᵀ: x (B, T, i), y (B, T, o)."""
+class _OneOutput:
+    """What most uses have: the weight's name, what was multiplied with it, and what came out."""
 
     weight: str
     inputs: Tensor
@@ -52,12 +52,17 @@ class Dense:
     def outputs(self) -> tuple[Tensor, ...]:
         return (self.output,)
 
+
+@dataclass
+class Dense(_OneOutput):
+    """y = x Wᵀ: x (B, T, i), y (B, T, o)."""
+
     def gradient(self, *deltas: Tensor) -> Gradient:
         return products(cut(deltas[0]), self.inputs)
 
 
 @dataclass
-class LogSoftmax:
+class LogSoftmax(_OneOutput):
     """ℓ_t = log softmax(x_t W[rows]ᵀ) at the step's own item: x (B, T, i), ℓ (B, T).
 
     The residual (B, T, C), in `residuals` some users at a time, is −∂ℓ/∂logits, the probabilities less 1 at the own
@@ -65,39 +70,25 @@ class LogSoftmax:
     the forward pass, which also makes its Gram matrices `grams` (B, T, T) while it is at hand.
     """
 
-    weight: str
-    inputs: Tensor
     residuals: list[Tensor]
     grams: Tensor
-    output: Tensor
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
         return Grams(self.residuals, -deltas[0].unsqueeze(-1) * self.inputs, self.grams)
 
 
 @dataclass
-class SampledLogSoftmax:
+class SampledLogSoftmax(_OneOutput):
     """The same over some rows, the `negatives` (C,), and the step's own, W[ids], ids (B, T).
 
     The residual (B, T, C) belongs to the negatives, an own item among them included; `missing` (B, T) is 1 less the
     probability of an own item that is none of them, and 0 otherwise: both parts touch different rows.
     """
 
-    weight: str
-    inputs: Tensor
     negatives: Tensor
     residuals: list[Tensor]
     ids: Tensor
     missing: Tensor
-    output: Tensor
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
         scaled = -deltas[0].unsqueeze(-1) * self.inputs
@@ -135,35 +126,21 @@ class Sampled:
 
 
 @dataclass
-class Picked:
+class Picked(_OneOutput):
     """One row per step: y = x · W[ids]: x (B, T, i), ids and y (B, T)."""
 
-    weight: str
-    inputs: Tensor
     ids: Tensor
-    output: Tensor
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
         return Scattered(deltas[0].unsqueeze(-1) * self.inputs, self.ids)
 
 
 @dataclass
-class Crossed:
+class Crossed(_OneOutput):
     """Every step's input against the rows of all of the user's steps: y = x W[ids]ᵀ: x (B, T, i), ids (B, S),
     y (B, T, S)."""
 
-    weight: str
-    inputs: Tensor
     ids: Tensor
-    output: Tensor
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        return (self.output,)
 
     def gradient(self, *deltas: Tensor) -> Gradient:
         return Scattered(deltas[0].transpose(1, 2) @ self.inputs, self.ids)  # rows named twice come twice

@@ -297,4 +297,5 @@ def test_settings_that_do_not_fit_are_refused(option: dict[str, object], sentenc
 
 
 def test_without_a_cell_there_is_no_input_table_to_hash() -> None:
-    parse_flat({"objective.slice_items": 9, "model.cell": "none"})
+    settings = parse_flat({"objective.slice_items": 9, "model.cell": "none"})
+    assert "items.embedding" not in shapes(settings, 9)
