@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 install: $(INSTALLED)
 
 # One constraints file pins every package; torch comes in the same call as what depends on it.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt common/kernels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dashboard,tensorboard,environment,pictures,dev]'
 	touch $(INSTALLED)

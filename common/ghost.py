@@ -21,7 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_CACHED = 2**17
+from common import kernels
+
+_CACHED = 2**16
 
 
 class Gradient(Protocol):
@@ -43,15 +45,13 @@ def products(deltas: Sequence[Tensor], inputs: Tensor) -> Gradient:
     users, steps, width = inputs.shape
     outputs = deltas[0].shape[2]
     if outputs * width > steps * (outputs + width) + 2 * steps * steps:
-        return Grams(deltas, inputs, torch.cat([gram(delta) for delta in deltas]))
+        return Grams(deltas, inputs, torch.cat([kernels.gram(delta) for delta in deltas]))
     values, squares = inputs.new_empty(users, outputs, width), inputs.new_empty(users)
     start = 0
     for delta in deltas:
         some = slice(start, start := start + len(delta))
-        # Copied, because the steps of one user may be far apart in memory, on the same cache lines.
-        torch.bmm(delta.contiguous().transpose(1, 2), inputs[some].contiguous(), out=values[some])
-        torch.linalg.vector_norm(values[some], dim=(1, 2), out=squares[some])
-    return Formed(values, squares.square_())
+        kernels.form(delta, inputs[some], values[some], squares[some])
+    return Formed(values, squares)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Grams:
     delta_gram: Tensor
 
     def square_norms(self) -> Tensor:
-        return (self.delta_gram * gram(self.inputs)).sum((1, 2))
+        return (self.delta_gram * kernels.gram(self.inputs)).sum((1, 2))
 
     def add_sum(self, weights: Tensor, into: Tensor) -> None:
         weighted = self.inputs * weights.view(-1, 1, 1)
@@ -111,10 +111,7 @@ class Scattered:
     ids: Tensor
 
     def square_norms(self) -> Tensor:
-        rows = self.delta.new_zeros(self.ids.numel(), self.delta.shape[2])
-        rows.index_add_(0, _slots(self.ids), self.delta.flatten(0, 1))
-        norms: Tensor = torch.linalg.vector_norm(rows.view(len(self.ids), -1), dim=1)
-        return norms.square()
+        return kernels.row_squares(self.delta, self.ids)
 
     def add_sum(self, weights: Tensor, into: Tensor) -> None:
         into.index_add_(0, self.ids.flatten(), _weighted(self.delta, weights))
@@ -135,29 +132,17 @@ class Both:
         self.other.add_sum(weights, into)
 
 
-def gram(values: Tensor) -> Tensor:
-    """(B, T, T) inner products between a user's own steps, of (B, T, ·)."""
-    return values @ values.transpose(1, 2)
+def few(steps: Tensor, width: int) -> list[slice]:
+    """As many of the users of `steps` (B, T, …) at a time as have their T·`width` numbers in the processor's cache; one
+    by itself only where there is no other."""
+    users, numbers = len(steps), steps.shape[1] * width
+    pieces = max(users // max(_CACHED // max(numbers, 1), 2), 1)
+    return [slice(users * piece // pieces, users * (piece + 1) // pieces) for piece in range(pieces)]
 
 
-def few(numbers: int) -> int:
-    """Of how many users the `numbers` that each of them has stay in the processor's cache."""
-    return max(_CACHED // max(numbers, 1), 1)
-
-
-def cut(values: Tensor) -> tuple[Tensor, ...]:
+def cut(values: Tensor) -> list[Tensor]:
     """(B, T, ·) a few users at a time."""
-    return torch.split(values, few(values.shape[1] * values.shape[2]))
-
-
-def _slots(ids: Tensor) -> Tensor:
-    """(B·T,) numbers that two steps share if they are of one user and name the same row."""
-    users, steps = ids.shape
-    ordered, order = ids.sort(dim=1)
-    changes = torch.zeros_like(ids)
-    changes[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    of_user = torch.empty_like(ids).scatter_(1, order, changes.cumsum(1))
-    return (of_user + steps * torch.arange(users).unsqueeze(1)).flatten()
+    return [values[some] for some in few(values, values.shape[2])]
 
 
 def _weighted(delta: Tensor, weights: Tensor) -> Tensor:

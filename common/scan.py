@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from common import kernels
+
 
 class Scan(Protocol):
     """One cell, run over T steps from states of 0.
@@ -50,34 +52,22 @@ class CfnScan:
         self._squashed = inputs.new_empty(steps, devices, n)
         reads, drives = gates.T, candidate.T
         for t in range(steps):
-            state = self.states[t]
-            keep, take = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
-            tanh_(torch.mm(inputs[t], drives, out=self._driven[t]))
-            tanh_(self._squashed[t].copy_(state))
-            torch.mul(take, self._driven[t], out=self.states[t + 1]).addcmul_(keep, self._squashed[t])
+            torch.mm(self.inputs[t], reads, out=self._opened[t])
+            torch.mm(inputs[t], drives, out=self._driven[t])
+            of_step = self._opened[t], self._driven[t], self._squashed[t]
+            kernels.cfn_step(*of_step, self.states[t], self.states[t + 1])
 
     def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
         """As :meth:`Scan.backward`."""
-        x, n = self._x, wanted.shape[-1]
+        x = self._x
         by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
         gates, drives = torch.empty_like(self._opened), torch.empty_like(self._driven)
-        inputs = wanted.new_empty(*drives.shape[:2], x)
         later = wanted[-1].clone()  # what the state after the step is asked for
-        both, one = later.new_empty(len(later), 2 * n), torch.empty_like(later)
         for t in range(len(drives) - 1, -1, -1):
-            opened, driven, squashed = self._opened[t], self._driven[t], self._squashed[t]
-            keep, take = opened.chunk(2, -1)
-            torch.mul(later, squashed, out=gates[t, :, :n])
-            torch.mul(later, driven, out=gates[t, :, n:])
-            torch.addcmul(opened, opened, opened, value=-1, out=both)  # σ' = σ − σ²
-            gates[t].mul_(both)
-            torch.mul(later, take, out=drives[t])
-            torch.mul(drives[t], driven, out=one)
-            drives[t].addcmul_(one, driven, value=-1)  # tanh' = 1 − tanh²
-            later.mul_(keep)
-            torch.mul(later, squashed, out=one)
-            later.addcmul_(one, squashed, value=-1).addmm_(gates[t], by_state).add_(wanted[t])
-            torch.mm(gates[t], by_input, out=inputs[t]).addmm_(drives[t], self._candidate)
+            of_step = self._opened[t], self._driven[t], self._squashed[t]
+            kernels.cfn_back(later, *of_step, gates[t], drives[t], wanted[t])
+            later.addmm_(gates[t], by_state)
+        inputs = gates @ by_input + drives @ self._candidate
         return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", drives, self.inputs[..., :x])]
 
 
@@ -100,34 +90,26 @@ class GruScan:
         self._fresh = inputs.new_empty(steps, devices, n)
         reads, drives = gates.T, candidate.T
         for t in range(steps):
-            state = self.states[t]
-            keep, kept = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
-            torch.mul(kept, state, out=self._left[t, :, x + 1 :])
-            fresh = tanh_(torch.mm(self._left[t], drives, out=self._fresh[t]))
-            torch.lerp(fresh, state, keep, out=self.states[t + 1])
+            torch.mm(self.inputs[t], reads, out=self._opened[t])
+            kernels.gru_open(self._opened[t], self.states[t], self._left[t, :, x + 1 :])
+            torch.mm(self._left[t], drives, out=self._fresh[t])
+            kernels.gru_close(self._opened[t], self._fresh[t], self.states[t], self.states[t + 1])
 
     def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
         """As :meth:`Scan.backward`."""
-        x, n = self._x, wanted.shape[-1]
+        x = self._x
         by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
         of_input, of_left = self._candidate[:, :x].contiguous(), self._candidate[:, x + 1 :].contiguous()
         gates, candidates = torch.empty_like(self._opened), torch.empty_like(self._fresh)
-        inputs = wanted.new_empty(*candidates.shape[:2], x)
         later = wanted[-1].clone()  # what the state after the step is asked for
-        both, one = later.new_empty(len(later), 2 * n), torch.empty_like(later)
+        by_left = torch.empty_like(later)
         for t in range(len(candidates) - 1, -1, -1):
-            opened, fresh, state = self._opened[t], self._fresh[t], self.states[t]
-            keep, kept = opened.chunk(2, -1)
-            torch.sub(state, fresh, out=gates[t, :, :n]).mul_(later)
-            torch.addcmul(later, later, keep, value=-1, out=one)  # of the candidate's tanh
-            torch.mul(one, fresh, out=candidates[t])
-            torch.addcmul(one, candidates[t], fresh, value=-1, out=candidates[t])  # tanh' = 1 − tanh²
-            torch.mm(candidates[t], of_left, out=one)  # of r ⊙ s
-            torch.mul(one, state, out=gates[t, :, n:])
-            torch.addcmul(opened, opened, opened, value=-1, out=both)  # σ' = σ − σ²
-            gates[t].mul_(both)
-            later.mul_(keep).addcmul_(one, kept).addmm_(gates[t], by_state).add_(wanted[t])
-            torch.mm(gates[t], by_input, out=inputs[t]).addmm_(candidates[t], of_input)
+            opened, state = self._opened[t], self.states[t]
+            kernels.gru_back(later, opened, self._fresh[t], state, gates[t], candidates[t])
+            torch.mm(candidates[t], of_left, out=by_left)
+            kernels.gru_back_left(later, by_left, opened, state, gates[t], wanted[t])
+            later.addmm_(gates[t], by_state)
+        inputs = gates @ by_input + candidates @ of_input
         return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", candidates, self._left)]
 
 
@@ -139,11 +121,6 @@ def _with_states(inputs: Tensor, n: int) -> tuple[Tensor, Tensor]:
     read[..., x] = 1
     read[0, :, x + 1 :] = 0
     return read[:steps], read[..., x + 1 :]
-
-
-def tanh_(values: Tensor) -> Tensor:
-    """tanh in place, as 2σ(2x) − 1, which torch computes in less than half the time, to 2 ulp of 1."""
-    return values.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
 def cfn_steps(inputs: Tensor, gates: Tensor, candidate: Tensor, state: Tensor) -> Tensor:

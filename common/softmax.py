@@ -12,8 +12,6 @@ Noise contrast (Gutmann & Hyvärinen 2010; Mnih & Teh 2012) fits f itself to be 
 m drawn ones by logistic regression on f_j − log(m Q_j), so that the normaliser is learned and not estimated.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, logsigmoid
 
+from common import kernels
 from common.candidates import Candidates, InBatch, Negatives
-from common.ghost import few, gram
+from common.ghost import few
 from common.slate import inclusion
 from common.tape import Crossed, Dense, LogSoftmax, Sampled, SampledLogSoftmax, Tape
 
@@ -155,9 +154,6 @@ def _in_batch(
     return ItemLikelihood(log_probability, log_probability)
 
 
-_LOG2E = math.log2(math.e)  # exp(x) as 2^(x log2 e): torch computes powers of 2 in half the time
-
-
 def _log_softmax(weight: Tensor, queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """log softmax(q Wᵀ)[items] (B, T), its slope by the queries (B, T, i), its residuals and their Gram matrices, see
     :class:`common.tape.LogSoftmax`.
@@ -167,17 +163,11 @@ def _log_softmax(weight: Tensor, queries: Tensor, items: Tensor) -> tuple[Tensor
     """
     log_probability, slope = torch.empty_like(queries[..., 0]), torch.empty_like(queries)
     grams, residuals = queries.new_empty(*items.shape, items.shape[1]), []
-    for some in _cuts(items, len(weight)):
-        at = items[some].unsqueeze(-1)
-        logits = (queries[some] * _LOG2E) @ weight.T
-        highest = logits.amax(-1, keepdim=True)
-        own = logits.gather(-1, at) - highest
-        logits.sub_(highest).exp2_()
-        normaliser = logits.sum(-1, keepdim=True)
-        residual = logits.div_(normaliser).scatter_add_(-1, at, logits.new_full((), -1).expand_as(at))
-        log_probability[some] = (own / _LOG2E - normaliser.log()).squeeze(-1)
+    for some in few(items, len(weight)):
+        residual = (queries[some] * kernels.LOG2E) @ weight.T
+        log_probability[some] = kernels.softmax_rows(residual, items[some])
         slope[some] = residual @ weight
-        grams[some] = gram(residual)
+        grams[some] = kernels.gram(residual)
         residuals.append(residual)
     return log_probability, slope.neg_(), residuals, grams
 
@@ -188,34 +178,17 @@ def _sampled_log_softmax(
     """own − log Ẑ (B, T), its slope by the queries (B, T, i), its residuals and what is `missing`, see
     :class:`common.tape.SampledLogSoftmax`."""
     rows, own_rows, column = weight[negatives.ids], embedding(items, weight), negatives.column[items]
-    scaled, log_weights = queries * _LOG2E, negatives.log_weights.to(queries.dtype) * _LOG2E
-    owns = (scaled * own_rows).sum(-1)
-    hits, places = column >= 0, column.clamp(min=0).unsqueeze(-1)
-    without = torch.where(hits, -torch.inf, 0).to(queries.dtype).unsqueeze(-1)
-    log_probability, missing, slope = torch.empty_like(owns), torch.empty_like(owns), torch.empty_like(queries)
+    scaled, log_weights = queries * kernels.LOG2E, negatives.log_weights.to(queries.dtype) * kernels.LOG2E
+    own = (scaled * own_rows).sum(-1)
+    log_probability, missing, slope = torch.empty_like(own), torch.empty_like(own), torch.empty_like(queries)
     residuals = []
-    for some in _cuts(items, len(rows)):
-        masses = (scaled[some] @ rows.T).add_(log_weights).scatter_add_(-1, places[some], without[some])
-        highest = torch.maximum(masses.amax(-1), owns[some])
-        masses.sub_(highest.unsqueeze(-1)).exp2_()
-        others = masses.sum(-1)
-        own = owns[some] - highest
-        normaliser = others + own.exp2()
-        log_probability[some] = own / _LOG2E - normaliser.log()
-        missing[some] = others / normaliser
-        moved = torch.where(hits[some], -missing[some], 0).unsqueeze(-1)
-        residual = masses.div_(normaliser.unsqueeze(-1)).scatter_add_(-1, places[some], moved)
+    for some in few(items, len(rows)):
+        residual = scaled[some] @ rows.T
+        likely = kernels.sampled_rows(residual, log_weights, column[some], own[some])
+        log_probability[some], missing[some] = likely
         slope[some] = residual @ rows
         residuals.append(residual)
-    missing.masked_fill_(hits, 0)
     return log_probability, (own_rows * missing.unsqueeze(-1)).sub_(slope), residuals, missing
-
-
-def _cuts(items: Tensor, width: int) -> Iterator[slice]:
-    """A few users' steps at a time, each of `width` logits."""
-    size = few(items.shape[1] * width)
-    for start in range(0, len(items), size):
-        yield slice(start, start + size)
 
 
 class _Sloped(torch.autograd.Function):

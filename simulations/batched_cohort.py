@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from client.local_update import Gradients, compute_update
+from common import kernels
 from common.errors import AggregationError
 from common.model import Parameters, flatten, items_in, unflatten
 from common.objective import histogram
@@ -40,9 +41,6 @@ from simulations.processes import keep_freed_memory, start_worker
 
 _BLOCK_LOGITS = {"full": 640_000, "sampled": 65_536, "nce": 65_536}
 """Candidates times devices of a block: many, for the loop over time, but all logits are kept, a hundred megabytes."""
-
-_CACHED = 2**14
-"""Numbers that are converted at a time: they stay in the cache."""
 
 
 def block_devices(objective: ObjectiveSettings, items: int) -> int:
@@ -152,12 +150,8 @@ def add_clipped(offer: Offer, gradients: Gradients, fixed: np.ndarray) -> Tensor
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")
     total = gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
-    for start in range(0, len(total), _CACHED):
-        part = total[start : start + _CACHED].double().mul_(fixed_point_scale(clip)).round_().numpy()
-        highest = np.abs(part).max()
-        if not highest < 2.0**52:
-            raise _diverged(offer, f"a sum reaches {highest:.3g} of 2^52 fixed-point units")
-        fixed[start : start + _CACHED] += part.astype(np.int64)
+    if not kernels.add_fixed(total, fixed_point_scale(clip), fixed):
+        raise _diverged(offer, f"a sum reaches {float(total.abs().max()) * fixed_point_scale(clip):.3g} of 2^51 units")
     return norms
 
 

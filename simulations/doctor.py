@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common import kernels
+
 _PACKAGES = {
     "torch": ("everything", False),
     "opacus": ("accounting", False),
@@ -33,6 +35,8 @@ def examine() -> list[dict[str, Any]]:
     findings.append(_finding("free disk here", f"{free:.1f} GiB", "run folders", free > 1))
     writable = os.access(tempfile.gettempdir(), os.W_OK)
     findings.append(_finding("temporary folder", tempfile.gettempdir(), "fetching data", writable))
+    loops = "compiled" if kernels.available else "PyTorch's: no C compiler at installation, or no AVX2"
+    findings.append(_finding("inner loops", loops, "a faster simulate", kernels.available, optional=True))
     for package, (needed_for, optional) in _PACKAGES.items():
         try:
             findings.append(_finding(package, metadata.version(package), needed_for, True, optional))

@@ -2,12 +2,14 @@
 
 The floor is the time of the matrix products alone at the speed of one large product on the same core. What is above it:
 products of small matrices are slower than large ones, exponentials, copies and gathers cost what they cost, and the
-rest is Python's and PyTorch's work around each operation.
+rest is Python's and PyTorch's work around each operation. Products of the compiled loops (:mod:`common.kernels`) count
+among the products, their other work by itself.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -15,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from common import kernels
 from common.threads import one_thread
 from simulations.batched_cohort import block_devices, compute_block
 from simulations.bench.engine_workloads import Workload
@@ -50,12 +54,18 @@ def profile_engine(workload: Workload) -> dict[str, Any]:
         seconds = _timed(block) / len(devices)
         large = torch.ones(_SQUARE, _SQUARE)
         rate = 2 * _SQUARE**3 / _timed(lambda: torch.mm(large, large))
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        with (
+            profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
+            _watched_loops() as compiled,
+        ):
             start = time.thread_time()
             block()
             profiled = (time.thread_time() - start) * 1e6
     shares: dict[str, float] = defaultdict(float)
     flops = 0
+    for part, microseconds, operations in compiled:
+        shares[part] += microseconds / profiled
+        flops += operations
     for event in profiler.key_averages(group_by_input_shape=True):
         operation = event.key.removeprefix("aten::")
         shares[_part(operation)] += event.self_cpu_time_total / profiled
@@ -73,6 +83,32 @@ def profile_engine(workload: Workload) -> dict[str, Any]:
         "gigaflops": round(rate / 1e9, 1),
         "parts": {part: round(share, 3) for part, share in sorted(shares.items(), key=lambda part: -part[1])},
     }
+
+
+@contextmanager
+def _watched_loops() -> Iterator[list[tuple[str, float, int]]]:
+    """Of each call of a compiled loop: the part that it belongs to, its microseconds, its products' operations."""
+    seen: list[tuple[str, float, int]] = []
+    call = kernels.call
+
+    def watched(name: str, *arguments: int | float | Tensor) -> int:
+        start = time.thread_time()
+        result = call(name, *arguments)
+        microseconds = (time.thread_time() - start) * 1e6
+        match name, arguments:
+            case "form", (int(users), int(steps), int(outputs), int(width), *_):
+                seen.append(("products", microseconds, 2 * users * steps * outputs * width))
+            case "gram", (int(users), int(steps), int(width), *_):
+                seen.append(("products", microseconds, users * steps * (steps + 1) * width))
+            case _:
+                seen.append(("compiled loops", microseconds, 0))
+        return result
+
+    kernels.call = watched
+    try:
+        yield seen
+    finally:
+        kernels.call = call
 
 
 def profiled(workloads: list[Workload]) -> dict[str, Any]:

@@ -6,14 +6,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common import kernels
+
 
 def machine(*packages: str) -> dict[str, Any]:
-    """``{"processor", "cores", "system", "python", "load", package: version, …}``; load is that of the last minute."""
+    """``{"processor", "cores", "system", "python", "loops", "load", package: version, …}``: `loops` as of
+    :mod:`common.kernels`; `load` is that of the last minute."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "loops": "compiled" if kernels.available else "PyTorch",
         "load": round(os.getloadavg()[0], 2),
         **{package: metadata.version(package) for package in packages},
     }
