@@ -93,12 +93,12 @@ def likelihood(
         return candidate_likelihood(weight, name, queries, items, candidates, tape)
     with torch.no_grad():
         if candidates is None:
-            log_probability, slope, residuals, grams = _log_softmax(weight, queries, items)
+            log_probability, slope, residuals = _log_softmax(weight, queries, items)
         else:
             log_probability, slope, residuals, missing = _sampled_log_softmax(weight, queries, items, candidates)
     log_probability = tape.watch(_Sloped.apply(queries, log_probability, slope))  # type: ignore[no-untyped-call]
     if candidates is None:
-        tape.uses.append(LogSoftmax(name, queries, log_probability, residuals, grams))
+        tape.uses.append(LogSoftmax(name, queries, log_probability, residuals))
     else:
         ids = candidates.ids
         tape.uses.append(SampledLogSoftmax(name, queries, log_probability, ids, residuals, items, missing))
@@ -154,22 +154,20 @@ def _in_batch(
     return ItemLikelihood(log_probability, log_probability)
 
 
-def _log_softmax(weight: Tensor, queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """log softmax(q Wᵀ)[items] (B, T), its slope by the queries (B, T, i), its residuals and their Gram matrices, see
+def _log_softmax(weight: Tensor, queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """log softmax(q Wᵀ)[items] (B, T), its slope by the queries (B, T, i) and its residuals, see
     :class:`common.tape.LogSoftmax`.
 
-    The logits are most of the memory traffic: a few users at a time, they become the residual in place, and all that is
-    wanted of it but its weighted sum is made while it is in the cache.
+    The logits are most of the memory traffic: a few users at a time, they become the residual in place, whose product
+    with the weight is made while it is in the cache.
     """
-    log_probability, slope = torch.empty_like(queries[..., 0]), torch.empty_like(queries)
-    grams, residuals = queries.new_empty(*items.shape, items.shape[1]), []
+    log_probability, slope, residuals = torch.empty_like(queries[..., 0]), torch.empty_like(queries), []
     for some in few(items, len(weight)):
         residual = (queries[some] * kernels.LOG2E) @ weight.T
         log_probability[some] = kernels.softmax_rows(residual, items[some])
         slope[some] = residual @ weight
-        grams[some] = kernels.gram(residual)
         residuals.append(residual)
-    return log_probability, slope.neg_(), residuals, grams
+    return log_probability, slope.neg_(), residuals
 
 
 def _sampled_log_softmax(

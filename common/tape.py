@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.ghost import Both, Gradient, Grams, Rows, Scattered, cut, products
+from common.ghost import Both, Gradient, Rows, Scattered, cut, products
 
 
 class Use(Protocol):
@@ -67,14 +67,13 @@ class LogSoftmax(_OneOutput):
 
     The residual (B, T, C), in `residuals` some users at a time, is −∂ℓ/∂logits, the probabilities less 1 at the own
     item. A step's gradient by W is −δ_t residual_t x_tᵀ: nothing as large as the logits is made but the residual, by
-    the forward pass, which also makes its Gram matrices `grams` (B, T, T) while it is at hand.
+    the forward pass.
     """
 
     residuals: list[Tensor]
-    grams: Tensor
 
     def gradient(self, *deltas: Tensor) -> Gradient:
-        return Grams(self.residuals, -deltas[0].unsqueeze(-1) * self.inputs, self.grams)
+        return products(self.residuals, -deltas[0].unsqueeze(-1) * self.inputs)
 
 
 @dataclass
