@@ -145,7 +145,7 @@ def dashboard(
     """Show runs on a web page, live while they train, and let an operator pause, resume, stop and abort them."""
     from server.dashboard.serve import serve_dashboard
 
-    def shown(run: Path, user: int) -> Mapping[str, Any]:
+    def shown(run: Path, user: str) -> Mapping[str, Any]:
         from simulations.preview import preview  # brings torch, which few pages need
 
         return preview(run, user)

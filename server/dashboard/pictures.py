@@ -27,7 +27,7 @@ def picture(chart: Chart | Heat) -> Figure:
     width = 0.8 / max(len(chart.lines), 1)
     for place, line in enumerate(chart.lines):
         colour = PALETTE[(place if line.colour < 0 else line.colour) % len(PALETTE)]
-        y = np.array([np.nan if value is None else value for value in line.y], float)
+        y = np.array(line.y, float)
         if chart.categories:
             axes.bar(
                 np.arange(len(y)) + (place - (len(chart.lines) - 1) / 2) * width,
