@@ -66,8 +66,13 @@ def _epsilon(course: Course, spending: Spending) -> Panel:
         lines.append(_line(name, past, place))
         if len(ahead) > 1:
             lines.append(_line(f"{name}, ahead", ahead, place, dashed=True))
-    note = f"Budget: ε_model {course.settings.privacy.target_epsilon:g}."
-    return Chart("epsilon", title, "ε", tuple(lines), x="releases (one a round)", note=note)
+    delta = course.opened["account"]["delta"]
+    note = (
+        f"Budget: ε_model {course.settings.privacy.target_epsilon:g}. ε_model: a user added or removed, for who sees "
+        "the models. ε_server: a user's updates replaced by zero, for the server, under secure aggregation."
+    )
+    unit = f"ε of one user at δ {delta:.3g}"
+    return Chart("epsilon", title, unit, tuple(lines), x="releases (one a round)", note=note)
 
 
 def _line(name: str, points: Sequence[tuple[float, float]], colour: int, dashed: bool = False) -> Line:
@@ -78,8 +83,12 @@ def _cohort(course: Course) -> Panel:
     rows = course.rounds
     if not rows:
         return Missing("cohort", "Cohort", "No round is completed yet.")
-    names = {"members drawn": "members", "updates in the sum": "survivors", "dropouts": "dropouts"}
-    return _chart("cohort", "Cohort", "devices", rows, names)
+    lines = (
+        Line("in the sum", *series(rows, "survivors")),
+        Line("drawn", *series(rows, "members"), dashed=True),  # mostly the same line: both are to be seen
+        Line("dropouts", *series(rows, "dropouts")),
+    )
+    return Chart("cohort", "Cohort", "devices", lines)
 
 
 def _speed(course: Course) -> Panel:

@@ -21,8 +21,8 @@ from server.durable import make_folder
 
 PORT = 8420
 _GRACE_SECONDS = 2
-_NICE = 19
-"""The machine is the run's: the dashboard takes what is left, and 1.5 % of a core where nothing is."""
+_NICE = 10
+"""The machine is the run's: the dashboard takes what is left, and a tenth of a core where nothing is."""
 
 
 def serve_dashboard(

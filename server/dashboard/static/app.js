@@ -89,31 +89,42 @@ function draw(canvas) {
   if (!canvas.clientWidth) return;
   known.chart ??= echarts.init(canvas);
   known.chart.resize();
-  known.chart.setOption(dressed(known.option), { replaceMerge: ["series"] });
+  known.chart.setOption(dressed(known.option, canvas.clientWidth), { replaceMerge: ["series"] });
 }
 
-function dressed(option) {
+function dressed(option, width) {
   const [ink, quiet, line, card] = ["--ink", "--quiet", "--line", "--card"].map((name) => getComputedStyle(document.body).getPropertyValue(name).trim());
   const axis = (own) => ({
     axisLine: { lineStyle: { color: quiet } }, axisLabel: { color: quiet, hideOverlap: true }, splitLine: { lineStyle: { color: line } },
     nameTextStyle: { color: quiet }, ...own,
   });
   const heat = option.visualMap !== undefined;
+  const legend = heat ? 0 : legendRows(option.legend, width);
   const viridis = ["#fde725", "#5ec962", "#21918c", "#3b528b", "#440154"];
   return {
     animation: false,
     textStyle: { color: ink, fontFamily: "system-ui, sans-serif" },
-    grid: { left: 8, right: heat ? 56 : 16, top: heat || !(option.legend.show ?? option.legend.data.length > 1) ? 16 : 40, bottom: 30, containLabel: true },
+    grid: { left: 8, right: heat ? 56 : 16, top: 16 + 20 * Math.min(legend, 3), bottom: 30, containLabel: true },
     tooltip: { trigger: heat ? "item" : "axis", renderMode: "richText", backgroundColor: card, borderColor: line, textStyle: { color: ink, fontSize: 12 } },
     ...(heat
       ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
           text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
           inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
-      : { legend: { ...option.legend, type: "scroll", itemWidth: 14, itemGap: 8, show: option.legend.show ?? option.legend.data.length > 1, top: 4, textStyle: { color: ink, fontSize: 11 } } }),
+      : { legend: { ...option.legend, type: legend > 3 ? "scroll" : "plain", itemWidth: 14, itemGap: 8, show: legend > 0, top: 0, textStyle: { color: ink, fontSize: 11 } } }),
     xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
     yAxis: axis({ ...option.yAxis, name: "", axisLabel: { color: quiet, hideOverlap: true, interval: heat ? 3 : undefined } }),
     series: heat ? option.series.map((series) => ({ ...series, data: cells(series.data) })) : option.series,
   };
+}
+
+// Rows that the names of the lines take, by a guess at the width of letters; 0 without a legend.
+function legendRows({ data, show = data.length > 1 }, width) {
+  let rows = 1, place = 0;
+  for (const item of data.map((name) => 28 + 6 * name.length)) {
+    if (place && place + item > width) { rows += 1; place = 0; }
+    place += item;
+  }
+  return show ? rows : 0;
 }
 
 // [round, bin, share] of what is not 0.
