@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from common.console import answer
+from common.console import FormatOption, answer
 from common.errors import SettingsError
-from simulations.options import CORES, FormatOption
+from simulations.options import CORES
 
 bench_app = typer.Typer(help="Measured figures.", no_args_is_help=True)
 
