@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.console import Format, answer
+from common.console import FormatOption, answer
 from common.errors import DataError, RunError, SettingsError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 device_app = typer.Typer(help="A device: its keys, its user's history, its end.", no_args_is_help=True)
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The device's folder.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 KeyFileOption = Annotated[
     Path | None, typer.Option("--key-file", help="Where the store's key is; by default DIR.key beside the folder.")
 ]

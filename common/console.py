@@ -4,11 +4,13 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import typer
 from rich.console import Console
 
 Format = Literal["text", "json"]
+FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 
 stderr = Console(stderr=True)
 stdout = Console()

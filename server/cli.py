@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from common.console import Format, answer
+from common.console import FormatOption, answer
 from common.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ server_app = typer.Typer(help="The server: trains over real devices.", no_args_i
 _DAY = 24 * 3600
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 PassphraseOption = Annotated[
     Path | None, typer.Option("--passphrase-file", help="File whose first line protects the authority's key.")
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, Row, insert, select
 
 from common.secagg.identity import digest
 from common.secagg.wire import numbers
@@ -73,7 +73,7 @@ class EventReader:
             query = query.where(event_table.c.kind.in_(kinds))
         with self._store.transaction() as connection:
             rows = connection.execute(query).all()
-        return [Event(row.id, row.time, row.kind, row.round, json.loads(row.fields)) for row in rows]
+        return [event_of(row) for row in rows]
 
     @property
     def origin(self) -> str:
@@ -105,6 +105,11 @@ class Events(EventReader):
         """
         with self._store.transaction() as connection:
             append(connection, self._clock(), kind, round, **fields)
+
+
+def event_of(row: Row[Any]) -> Event:
+    """An event as it stands in its table. Raises :class:`ValueError` where its fields are no JSON."""
+    return Event(row.id, row.time, row.kind, row.round, json.loads(row.fields))
 
 
 def append(connection: Connection, time: float, kind: str, round: int | None = None, **fields: Any) -> None:

@@ -14,14 +14,14 @@ from rich.table import Table
 
 from client.cli import device_app
 from client.recommend import recommend
-from common.console import answer, stderr, stopping
+from common.console import FormatOption, answer, stderr, stopping
 from common.errors import FedtopkError, SettingsError
 from common.settings import load_settings
 from server.cli import authority_app, server_app
 from simulations.audits.command import audit
 from simulations.bench.commands import bench_app
 from simulations.experiment_commands import accuracy, closed_loop, compare, demo, paper
-from simulations.options import CORES, ConfigOption, FormatOption, SetOption, WorkersOption
+from simulations.options import CORES, ConfigOption, SetOption, WorkersOption
 from simulations.privacy_commands import figures_text, privacy_app
 
 app = typer.Typer(
@@ -147,7 +147,7 @@ def dashboard(
     """Show runs on a web page, live while they train, and let an operator pause, resume, stop and abort them."""
     from server.dashboard.serve import serve_dashboard
 
-    def shown(run: Path, user: int) -> Mapping[str, Any]:
+    def shown(run: Path, user: str) -> Mapping[str, Any]:
         from simulations.preview import preview  # brings torch, which few pages need
 
         return preview(run, user)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from common.console import answer, stderr
-from simulations.options import CORES, ConfigOption, FormatOption, SetOption, WorkersOption
+from common.console import FormatOption, answer, stderr
+from simulations.options import CORES, ConfigOption, SetOption, WorkersOption
 
 
 def demo(

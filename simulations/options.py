@@ -6,12 +6,9 @@ from typing import Annotated
 
 import typer
 
-from common.console import Format
-
 CORES = len(os.sched_getaffinity(0))
 """Processors that this process may use."""
 
-FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting; repeatable.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; what it lacks is default.")]
 WorkersOption = Annotated[

@@ -31,14 +31,17 @@ class _Data:
     split: Split
 
 
-def preview(run: Path, user: int) -> dict[str, Any]:
+def preview(run: Path, user: str) -> dict[str, Any]:
     """A user's newest interactions and each recommender's ten best of what it has not seen, by the newest checkpoint.
 
+    Args:
+        user: as the data names it; empty for the first one.
+
     Returns:
-        ``{"label", "users", "round", "lists": {heading: [{"title", "value"}, …]}}``.
+        ``{"user", "next", "users", "round", "lists": {heading: [{"title", "value"}, …]}}``; `next` is another user.
 
     Raises:
-        RunError: the run is no simulation, or has no checkpoint yet.
+        RunError: the run is no simulation, has no checkpoint yet, or no such user.
         FedtopkError: its data is gone.
     """
     data = _data(run)
@@ -46,16 +49,20 @@ def preview(run: Path, user: int) -> dict[str, Any]:
     if checkpoint is None or "users" not in checkpoint.extra:
         raise RunError(f"Expected a checkpoint of a simulation in {run}: there is none yet, or its devices are real.")
     train = data.split.train
-    user = min(user, train.users - 1)
-    own = slice(int(train.offsets[user]), int(train.offsets[user + 1]))
+    found = np.flatnonzero(train.user_ids == user) if user else np.zeros(1, int)
+    if not len(found):
+        raise RunError(f"Expected user={user} to be one of the {train.users:,} in the data of {run}.")
+    place = int(found[0])
+    own = slice(int(train.offsets[place]), int(train.offsets[place + 1]))
     newest = zip(train.items[own][-_HISTORY:][::-1], train.ratings[own][-_HISTORY:][::-1], strict=True)
     heading = f"History, newest of {own.stop - own.start}"
     lists = {heading: [_row(data, item, f"rated {rating:g}") for item, rating in newest]}
     for head, name in _NAMES.items():
         if head in data.settings.heads:
-            lists[name] = _best(data, user, _logits(data, checkpoint.model, checkpoint.extra["users"], user, head))
-    lists["popularity"] = _best(data, user, Popularity(train).scores(train, np.array([user])).log())
-    return {"label": str(train.user_ids[user]), "users": train.users, "round": checkpoint.round, "lists": lists}
+            lists[name] = _best(data, place, _logits(data, checkpoint.model, checkpoint.extra["users"], place, head))
+    lists["popularity"] = _best(data, place, Popularity(train).scores(train, np.array([place])).log())
+    names = {"user": str(train.user_ids[place]), "next": str(train.user_ids[(place + 1) % train.users])}
+    return names | {"users": train.users, "round": checkpoint.round, "lists": lists}
 
 
 @lru_cache(maxsize=2)

@@ -9,13 +9,11 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from common.console import Format, answer, stderr
+from common.console import FormatOption, answer, stderr
 from common.errors import RunError
 from server.cli import PassphraseOption, read_passphrase
 
 privacy_app = typer.Typer(help="Plan a budget; state and verify what was spent.", no_args_is_help=True)
-
-FormatOption = Annotated[Format, typer.Option("--format", help="What standard output holds.")]
 
 
 @privacy_app.command()

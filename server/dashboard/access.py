@@ -13,10 +13,9 @@ import secrets
 from dataclasses import dataclass
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from common.errors import SettingsError
-
-COOKIE = "fedtopk"
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,14 @@ class Access:
     def is_operator(self, request: Request) -> bool:
         """Whether the request shows that it knows the token."""
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        cookie = request.cookies.get(COOKIE, "")
+        cookie = request.cookies.get(cookie_name(request), "")
         return self.is_token(bearer) or hmac.compare_digest(cookie.encode(), self.derived("cookie").encode())
+
+    def remember(self, request: Request, response: Response) -> None:
+        """Have the browser keep the cookie that makes it an operator's."""
+        secure = request.headers.get("origin", "").startswith("https:")  # a proxy's, perhaps
+        name, proof = cookie_name(request), self.derived("cookie")
+        response.set_cookie(name, proof, httponly=True, samesite="strict", secure=secure)
 
     def may_look(self, request: Request) -> bool:
         """Whether the request may be answered at all."""
@@ -66,9 +71,15 @@ class Access:
         if self.is_token(request.headers.get("authorization", "").removeprefix("Bearer ")):
             return True  # no browser adds this header by itself
         word = request.headers.get("x-csrf", "")
-        own = request.headers.get("origin") == f"{request.url.scheme}://{request.headers.get('host')}"
+        own = request.headers.get("origin", "").partition("://")[2] == request.headers.get("host")
         known = hmac.compare_digest(word.encode(), self.derived("csrf").encode())
         return self.is_operator(request) and own and known
+
+
+def cookie_name(request: Request) -> str:
+    """Browsers send a cookie to all ports of a name: each dashboard on a machine has one of its own."""
+    port = request.headers.get("host", "").rpartition(":")[2]
+    return f"fedtopk-{port}" if port.isdecimal() else "fedtopk"
 
 
 def is_loopback(host: str) -> bool:

@@ -1,16 +1,17 @@
 """The dashboard's routes. Nothing here writes to a run but :func:`server.controls.request`.
 
-Pages stand still; what changes on them comes over one stream of server-sent events, whose first message holds it all.
-A browser that lost the stream connects again by itself and is sent everything anew, so that there are no gaps.
+Pages stand still; what changes on them comes over one stream of server-sent events (:mod:`server.dashboard.feed`),
+whose first message holds it all. A browser that lost the stream connects again by itself and is sent everything anew,
+so that there are no gaps.
 """
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
+from weakref import WeakValueDictionary
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -22,24 +23,26 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import Conflict, FedtopkError
+from common.errors import Conflict, FedtopkError, RunError
 from server.controls import ACTIONS
 from server.controls import request as request_command
-from server.dashboard.access import COOKIE, Access, is_loopback
+from server.dashboard.access import Access, is_loopback
 from server.dashboard.compare import compare_parts
-from server.dashboard.course import Course
+from server.dashboard.course import Course, explained
+from server.dashboard.feed import Feed, Parts
+from server.dashboard.log import search
 from server.dashboard.openmetrics import CONTENT_TYPE, exposition
 from server.dashboard.runs import Runs
 from server.dashboard.spending import Spending
-from server.dashboard.view import SECTIONS, run_parts, static_file, templates
+from server.dashboard.view import SECTIONS, log_lines, run_parts, static_file, templates
+from server.run_folder import RunFolder
 from server.run_lock import is_running
 
-Preview = Callable[[Path, int], Mapping[str, Any]]
-"""``preview(run, user)``: what a simulated user has seen and would be shown; raises FedtopkError."""
+Preview = Callable[[Path, str], Mapping[str, Any]]
+"""``preview(run, user)``: what a simulated user has seen and would be shown, for "" the first; raises FedtopkError."""
 
-_TICK_SECONDS = 1.0
-_SHARE = 0.01
-"""Of a core, that one viewer of a run may cost: the longer the run, the rarer its news."""
+_FOUND = 200
+"""Lines of a log that a search shows."""
 _BODY = 4096
 """Longest body of a request."""
 _HEADERS = {
@@ -56,15 +59,17 @@ class Dashboard:
 
     Args:
         echarts: folder of the chart library's modules.
-        hosts: names under which it answers; any other is refused, lest a foreign name be pointed at this machine.
+        host: that it is served on. On loopback it answers under no foreign name, lest one be pointed at this machine.
     """
 
     def __init__(self, root: Path, access: Access, echarts: Path, host: str, preview: Preview | None) -> None:
         self._runs = Runs(root)
         self._access = access
         self._preview = preview
+        self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
         self.closing = asyncio.Event()
-        hosts = ["localhost", "127.0.0.1", "[::1]"] if is_loopback(host) else ["*"]
+        # The middleware cuts at the first colon: "[" is what it sees of an IPv6 address, which is never a foreign name.
+        hosts = ["localhost", "127.0.0.1", "[", host] if is_loopback(host) else ["*"]
         own = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
         self.app = Starlette(
             routes=[
@@ -75,6 +80,7 @@ class Dashboard:
                 Route("/run/{name:path}", self._run),
                 Route("/preview/{name:path}", self._previewed),
                 Route("/command/{name:path}", self._command, methods=["POST"]),
+                Route("/log/{name:path}", self._log),
                 Route("/stream", self._stream_index),
                 Route("/stream/compare", self._stream_compare),
                 Route("/stream/run/{name:path}", self._stream_run),
@@ -109,14 +115,31 @@ class Dashboard:
         return self._page(request, "compare.html", names=names, chosen=chosen, stream=f"/stream/compare?{query}")
 
     async def _previewed(self, request: Request) -> Response:
-        name, text = request.path_params["name"], request.query_params.get("user", "0")
+        name, user, preview = request.path_params["name"], request.query_params.get("user", ""), self._preview
         folder = self._runs.path(name)
-        if folder is None or self._preview is None:
+        if folder is None or preview is None:
             return self._page(request, "problem.html", 404, title="No preview", words=f"There is none of {name}.")
-        user = int(text) if text.isdecimal() and len(text) < 10 else 0
-        preview = self._preview
-        shown = await anyio.to_thread.run_sync(lambda: preview(folder, user))
-        return self._page(request, "preview.html", name=name, user=user, **shown)
+
+        def shown() -> Mapping[str, Any]:
+            if not self._runs.show(name, lambda course, spending: course.simulated):
+                raise RunError(f"Expected {name} to be a simulation: devices of other runs keep their histories.")
+            return preview(folder, user)
+
+        return self._page(request, "preview.html", name=name, **await anyio.to_thread.run_sync(shown))
+
+    async def _log(self, request: Request) -> Response:
+        """Lines of a run's log, as HTML."""
+        folder = self._runs.path(request.path_params["name"])
+        if folder is None:
+            return await self._missing(request, RunError(""))
+        text = request.query_params.get("with", "")
+
+        def lines() -> str:
+            with explained(folder):
+                found = log_lines(search(RunFolder(folder), text, _FOUND))
+                return templates.get_template("parts/log.html").render(log=found)
+
+        return HTMLResponse(await anyio.to_thread.run_sync(lines))
 
     async def _explain(self, request: Request, error: Exception) -> Response:
         return self._page(request, "problem.html", 422, title="This cannot be shown", words=str(error))
@@ -127,51 +150,41 @@ class Dashboard:
     # What changes
 
     async def _stream_index(self, request: Request) -> Response:
-        return self._stream(request, self._runs.index)
+        return self._stream("", self._runs.index, "runs")
 
     async def _stream_compare(self, request: Request) -> Response:
         names = request.query_params.getlist("run")
-        return self._stream(request, lambda: self._runs.show_all(names, compare_parts))
+        return self._stream(json.dumps(names), lambda: self._runs.show_all(names, compare_parts), "compared")
 
     async def _stream_run(self, request: Request) -> Response:
-        name, operator = request.path_params["name"], self._access.is_operator(request)
-        previewed = self._preview is not None
+        name, previewed = request.path_params["name"], self._preview is not None
+        seen: object = None
 
-        seen: Any = None
-
-        def news(course: Course, spending: Spending) -> dict[str, Any]:
+        def news() -> Parts:
             nonlocal seen
-            before, seen = seen, (course.version, spending.version)
-            return {} if seen == before else run_parts(name, course, spending, operator, previewed)
+            before, seen = seen, None  # after an error everything is news
 
-        def parts() -> dict[str, Any]:
-            nonlocal seen
+            def drawn(course: Course, spending: Spending) -> tuple[object, Parts]:
+                version = course.version, spending.version
+                return version, {} if version == before else run_parts(name, course, spending, previewed)
+
+            seen, parts = self._runs.show(name, drawn)
+            return parts
+
+        return self._stream(name, news, "status")
+
+    def _stream(self, key: str, draw: Callable[[], Parts], told: str) -> Response:
+        """The feed that others follow already, or a new one; `told` is the fragment that holds what is wrong."""
+
+        def parts() -> Parts:
             try:
-                return self._runs.show(name, news)
+                return draw()
             except FedtopkError as error:
-                seen = None
-                return {"html": {"status": templates.get_template("parts/problem.html").render(words=str(error))}}
+                return {"html": {told: templates.get_template("parts/problem.html").render(words=str(error))}}
 
-        return self._stream(request, parts)
-
-    def _stream(self, request: Request, parts: Callable[[], dict[str, Any]]) -> Response:
-        async def messages() -> AsyncIterator[str]:
-            sent: dict[tuple[str, str], Any] = {}
-            while not self.closing.is_set():
-                found, seconds = await anyio.to_thread.run_sync(lambda: _timed(parts))
-                news: dict[str, dict[str, Any]] = {}
-                for kind, values in found.items():
-                    for key, value in values.items():
-                        if sent.get((kind, key)) != value:
-                            sent[kind, key] = value
-                            news.setdefault(kind, {})[key] = value
-                yield f"data: {json.dumps(news, ensure_ascii=False)}\n\n" if news else ": alive\n\n"
-                try:
-                    await asyncio.wait_for(self.closing.wait(), max(_TICK_SECONDS, seconds / _SHARE))
-                except TimeoutError:
-                    continue
-
-        return StreamingResponse(messages(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        feed = self._feeds.setdefault(f"{told} {key}", Feed(parts))
+        no_store = {"cache-control": "no-store"}
+        return StreamingResponse(feed.follow(self.closing), media_type="text/event-stream", headers=no_store)
 
     async def _metrics(self, request: Request) -> Response:
         text = await anyio.to_thread.run_sync(lambda: self._runs.show_all(self._runs.names(), exposition))
@@ -186,8 +199,7 @@ class Dashboard:
             return self._page(request, "problem.html", 403, title="Wrong token", words="That is not the token.")
         target = quote(back, safe="/?=&%") if back.startswith("/") and not back.startswith(("//", "/\\")) else "/"
         response = RedirectResponse(target, 303)
-        secure = request.url.scheme == "https"
-        response.set_cookie(COOKIE, self._access.derived("cookie"), httponly=True, samesite="strict", secure=secure)
+        self._access.remember(request, response)
         return response
 
     async def _command(self, request: Request) -> Response:
@@ -212,6 +224,8 @@ class Dashboard:
             return JSONResponse({"error": str(error)}, 409)
         except FedtopkError as error:
             return JSONResponse({"error": str(error)}, 422)
+        if feed := self._feeds.get(f"status {name}"):
+            feed.hurry()
         return JSONResponse({"command": given}, 202)
 
     def _ask(self, name: str, folder: Path, action: Any, expected: int, origin: str) -> int:
@@ -247,13 +261,6 @@ class _Guarded:
         common = {"operator": False, "csrf": "", "path": request.url.path}
         page = templates.get_template("problem.html").render(common | words)
         return await HTMLResponse(page, 401)(scope, receive, with_headers)
-
-
-def _timed(parts: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
-    """What they are, and the CPU seconds that they took."""
-    start = time.thread_time()
-    found = parts()
-    return found, time.thread_time() - start
 
 
 def _own(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:

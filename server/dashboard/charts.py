@@ -1,7 +1,8 @@
 """Charts as data, whoever draws them: lines with intervals, and shares of histograms over rounds."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 """Okabe and Ito's, told apart with any colour vision; the yellow is darker, for white paper."""
 DASHES = ("solid", "dashed", "dotted")
 
-Numbers = Sequence[float | None]
+Numbers = Sequence[float | None] | np.ndarray
+"""Those that are missing are None or NaN."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series: (n,) `x` ascending, (n,) `y`, None where there is none; (n,) bounds of its 95 % interval."""
+    """One series: (n,) `x` ascending, (n,) `y`; (n,) bounds of its 95 % interval."""
 
     name: str
     x: Sequence[float]
@@ -67,8 +69,8 @@ def thinned(line: Line) -> Line:
         return line
     cuts = np.linspace(0, len(line.x), POINTS + 1).astype(int)
     x = [line.x[stop - 1] for stop in cuts[1:]]
-    parts = [None if values is None else _means(values, cuts) for values in (line.y, line.low, line.high)]
-    return Line(line.name, x, parts[0] or [], parts[1], parts[2], line.dashed, line.colour)
+    low, high = (None if bound is None else _means(bound, cuts) for bound in (line.low, line.high))
+    return replace(line, x=x, y=_means(line.y, cuts), low=low, high=high)
 
 
 def thinned_heat(heat: Heat) -> Heat:
@@ -78,18 +80,20 @@ def thinned_heat(heat: Heat) -> Heat:
     cuts = np.linspace(0, len(heat.x), COLUMNS + 1).astype(int)
     shares = np.add.reduceat(heat.shares, cuts[:-1]) / np.diff(cuts)[:, None]
     x = [heat.x[stop - 1] for stop in cuts[1:]]
-    return Heat(heat.id, heat.title, heat.unit, x, heat.bounds, shares, heat.note)
+    return replace(heat, x=x, shares=shares)
 
 
-def _means(values: Numbers, cuts: np.ndarray) -> list[float | None]:
-    numbers = np.array([np.nan if value is None else value for value in values], float)
-    sums = np.add.reduceat(np.nan_to_num(numbers), cuts[:-1])
-    counts = np.add.reduceat(np.isfinite(numbers).astype(int), cuts[:-1])
-    return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+def _means(values: Numbers, cuts: np.ndarray) -> np.ndarray:
+    numbers = np.array(values, float)
+    known = np.isfinite(numbers)
+    sums = np.add.reduceat(np.where(known, numbers, 0), cuts[:-1])
+    counts = np.add.reduceat(known.astype(int), cuts[:-1])
+    means: np.ndarray = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+    return means
 
 
 def option(chart: Chart | Heat) -> dict[str, Any]:
-    """What ECharts is told, but for the colours of light and dark."""
+    """What ECharts is told, but for the colours of light and dark; of a :class:`Heat` all `shares`."""
     return _heat_option(thinned_heat(chart)) if isinstance(chart, Heat) else _lines_option(chart)
 
 
@@ -124,7 +128,7 @@ def _band(line: Line, colour: str) -> list[dict[str, Any]]:
     low, high = np.array(line.low, float), np.array(line.high, float)
     unseen = {"type": "line", "stack": line.name, "symbol": "none", "lineStyle": {"opacity": 0}, "silent": True}
     unseen |= {"tooltip": {"show": False}, "stackStrategy": "all"}
-    lower, width = _rounded(low.tolist()), _rounded((high - low).tolist())
+    lower, width = _rounded(low), _rounded(high - low)
     return [
         unseen | {"data": [[x, y] for x, y in zip(line.x, lower, strict=True)]},
         unseen
@@ -137,18 +141,15 @@ def _band(line: Line, colour: str) -> list[dict[str, Any]]:
 
 def _heat_option(heat: Heat) -> dict[str, Any]:
     names = [f"{low:.2g} up" for low in heat.bounds[:-1]]
-    cells = [
-        [column, bin_, float(f"{heat.shares[column, bin_]:.3g}")]
-        for column, bin_ in zip(*np.nonzero(heat.shares > 0), strict=True)
-    ]
     return {
         "xAxis": {"type": "category", "data": [int(x) for x in heat.x], "name": "round"},
         "yAxis": {"type": "category", "data": names, "name": heat.unit},
         "visualMap": {"min": 0, "max": float(f"{max(heat.shares.max(initial=0), 1e-9):.3g}")},
-        "series": [{"type": "heatmap", "data": [[int(a), int(b), c] for a, b, c in cells], "name": heat.title}],
+        "series": [{"type": "heatmap", "data": heat.shares.round(2).tolist(), "name": heat.title}],
     }
 
 
 def _rounded(values: Numbers) -> list[float | None]:
     """Four digits are what an eye can tell, and half of the bytes."""
-    return [None if value is None or not np.isfinite(value) else float(f"{value:.4g}") for value in values]
+    numbers: list[float] = np.array(values, float).tolist()
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in numbers]

@@ -1,13 +1,16 @@
 """What a run has recorded so far: read once, and then only what is new."""
 
 import json
-from collections import Counter, deque
+import stat
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from jinja2 import TemplateError
 
 from common.errors import FedtopkError, RunError
@@ -16,8 +19,8 @@ from server.controls import COMMAND, CONFIRMED, Command, read_commands
 from server.events import OPENED, Event, EventReader
 from server.ledger import LedgerReader
 from server.run_folder import RunFolder
-from server.run_lock import is_running
-from server.store import open_store_read_only
+from server.run_lock import LOCK, is_running
+from server.store import DATABASE, open_store_read_only
 
 State = Literal[
     "starting", "running", "paused", "ending", "finished", "stopped", "aborted", "budget spent", "failed", "interrupted"
@@ -26,6 +29,8 @@ _ENDS = ("finished", "stopped", "aborted", "budget spent", "failed")
 _ROUNDS = ("round", "simulation", "validation")
 _FAILED = "attempt failed"
 _OTHERS = (OPENED, "begun", "simulated", "stage", _FAILED, "dropouts", COMMAND, "resumed", "delivered")
+KINDS = (*_ROUNDS, *_OTHERS, *_ENDS)
+"""Of the events that pages tell of; others are for other programs."""
 _EXPECTED: dict[str, dict[str, Any]] = {
     "round": {"members": int, "survivors": int},
     "stage": {"stage": str, "attempt": int, "asked": int, "answers": int, "seconds": int | float},
@@ -36,8 +41,14 @@ _EXPECTED: dict[str, dict[str, Any]] = {
     "failed": {"reason": str},
 }
 """What the events hold that pages rely on."""
-_TAIL = 400
-"""Events of the log that are kept."""
+STAGES = ("advertise", "share", "upload", "agree", "unmask")
+"""Of secure aggregation, in their order."""
+FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, TemplateError)
+"""What comes of reading and drawing what another program left."""
+_SETTLED_SECONDS = 1.0
+"""Longer than the steps in which file systems tell times."""
+_TAIL = 50
+"""Events of the log that are kept: the page's; a search reads the store."""
 _FAILURES = 100
 
 Rows = dict[int, dict[str, Any]]
@@ -51,8 +62,9 @@ class Course:
     Attributes:
         opened: sizes and privacy's account, of the process that ran last.
         bounds: of the histograms; only a simulation has any.
-        rounds, simulation, validation: fields of these events by round.
-        stages: of secure aggregation, in order, as events; of the rounds so far.
+        rounds, simulation, validation: fields of these events by round; histograms as arrays.
+        stages: the last stages of secure aggregation, in order, as events; at least those of one attempt.
+        stage_seconds, sent: by round, seconds by stage, and bytes by ``bytes_up`` and ``bytes_down``; of all attempts.
         failures: the last attempts that failed, newest first.
         dropouts: how often devices dropped out for which reason.
         releases, attempts: as the ledger counts them.
@@ -66,7 +78,9 @@ class Course:
     rounds: Rows = field(default_factory=dict)
     simulation: Rows = field(default_factory=dict)
     validation: Rows = field(default_factory=dict)
-    stages: list[Event] = field(default_factory=list)
+    stages: deque[Event] = field(default_factory=lambda: deque(maxlen=2 * len(STAGES)))
+    stage_seconds: Rows = field(default_factory=lambda: defaultdict(Counter))
+    sent: Rows = field(default_factory=lambda: defaultdict(Counter))
     failures: deque[Event] = field(default_factory=lambda: deque(maxlen=_FAILURES))
     failed_attempts: int = 0
     dropouts: Counter[str] = field(default_factory=Counter)
@@ -79,14 +93,25 @@ class Course:
     end: Event | None = None
     paused: bool = False
     last_id: int = 0
+    _written: object = None
+    _origin: str = ""
 
     def update(self) -> None:
         """Read what is new. Raises :class:`RunError` with the reason where no run can be read."""
+        written = _written(self.folder)
+        self.running = is_running(self.folder.path)
+        if written is not None and written == self._written:
+            return
+        self._written = written
         if not self.last_id:
             self.settings = self.folder.settings()
-        self.running = is_running(self.folder.path)
         with open_store_read_only(self.folder.path) as store:
-            events = EventReader(store).read(self.last_id, kinds=(*_ROUNDS, *_OTHERS, *_ENDS))
+            reader = EventReader(store)
+            origin, before = reader.origin, self._origin
+            if before and origin != before:
+                raise RunError(f"Expected {self.folder.path} to hold the same run still: another one took its place.")
+            self._origin = origin
+            events = reader.read(self.last_id, kinds=KINDS)
             self.commands = read_commands(store)
             if events or not self.last_id:
                 ledger = LedgerReader(store)
@@ -140,13 +165,17 @@ class Course:
         fields, round_ = event.fields, event.round or 0
         if event.kind in _ROUNDS:
             rows: Rows = getattr(self, {"round": "rounds"}.get(event.kind, event.kind))
-            rows[round_] = fields
+            counts = {name: np.array(fields[name], float) for name in self.bounds if name in fields}
+            rows[round_] = fields | counts
         elif event.kind == OPENED:
             self.opened, self.end, self.paused = fields, None, False
         elif event.kind == "simulated":
             self.bounds = fields["bounds"]
         elif event.kind == "stage":
             self.stages.append(event)
+            self.stage_seconds[round_][fields["stage"]] += fields["seconds"]
+            for way in ("bytes_up", "bytes_down"):
+                self.sent[round_][way] += fields.get(way, 0)
         elif event.kind == _FAILED:
             self.failures.appendleft(event)
             self.failed_attempts += 1
@@ -187,6 +216,28 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except FedtopkError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+    except FOREIGN as error:
         kind = type(error).__name__
         raise RunError(f"Expected {folder} to hold what this version records: {kind} {error}.") from None
+
+
+def _written(folder: RunFolder) -> object:
+    """What differs as soon as the run writes; None where it wrote so lately that more could bear the same time.
+
+    Raises :class:`RunError` for anything but files: a link leads elsewhere, and who opens a pipe waits for its writer.
+    """
+    found, newest = [], 0.0
+    telling = (folder.report_file, folder.path / DATABASE, folder.path / f"{DATABASE}-wal")
+    for path in (*telling, folder.settings_file, folder.path / f"{DATABASE}-shm", folder.path / LOCK):
+        try:
+            state = path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RunError(f"Expected {path} to be readable: {error.strerror}.") from None
+        if not stat.S_ISREG(state.st_mode):
+            raise RunError(f"Expected {path} to be a file, and no folder, link or pipe.")
+        if path in telling:
+            newest = max(newest, state.st_mtime)
+            found.append((path, state.st_ino, state.st_size, state.st_mtime_ns))
+    return found if time.time() - newest > _SETTLED_SECONDS else None

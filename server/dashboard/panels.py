@@ -1,15 +1,14 @@
 """Which charts a run has, and what to say in place of those that it has not."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from server.dashboard.charts import Chart, Heat, Line, Numbers
-from server.dashboard.course import Course, Rows
+from server.dashboard.charts import Chart, Heat, Line
+from server.dashboard.course import STAGES, Course, Rows
 from server.dashboard.spending import Spending
 
 NOT_RELEASED = "not released"
@@ -22,7 +21,6 @@ _LOSSES = {
     "frequency_loss": ("Behaviour (β) loss, by frequency", "cross-entropy, nats"),
     "critic_loss": ("Critic loss", "cross-entropy, nats"),
 }
-STAGES = ("advertise", "share", "upload", "agree", "unmask")
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ def _epsilon(course: Course, spending: Spending) -> Panel:
     title = "ε over the releases"
     if course.opened and not course.opened.get("account"):
         return Missing("epsilon", title, "No noise is added: there is no ε.")
+    if spending.problem:
+        return Missing("epsilon", title, spending.problem)
     if len(spending.curve) < 2:
         return Missing("epsilon", title, "Being computed…")
     points = sorted(spending.curve.items())
@@ -66,8 +66,13 @@ def _epsilon(course: Course, spending: Spending) -> Panel:
         lines.append(_line(name, past, place))
         if len(ahead) > 1:
             lines.append(_line(f"{name}, ahead", ahead, place, dashed=True))
-    note = f"Budget: ε_model {course.settings.privacy.target_epsilon:g}."
-    return Chart("epsilon", title, "ε", tuple(lines), x="releases (one a round)", note=note)
+    delta = course.opened["account"]["delta"]
+    note = (
+        f"Budget: ε_model {course.settings.privacy.target_epsilon:g}. ε_model: a user added or removed, for who sees "
+        "the models. ε_server: a user's updates replaced by zero, for the server, under secure aggregation."
+    )
+    unit = f"ε of one user at δ {delta:.3g}"
+    return Chart("epsilon", title, unit, tuple(lines), x="releases (one a round)", note=note)
 
 
 def _line(name: str, points: Sequence[tuple[float, float]], colour: int, dashed: bool = False) -> Line:
@@ -78,8 +83,12 @@ def _cohort(course: Course) -> Panel:
     rows = course.rounds
     if not rows:
         return Missing("cohort", "Cohort", "No round is completed yet.")
-    names = {"members drawn": "members", "updates in the sum": "survivors", "dropouts": "dropouts"}
-    return _chart("cohort", "Cohort", "devices", rows, names)
+    lines = (
+        Line("in the sum", *series(rows, "survivors")),
+        Line("drawn", *series(rows, "members"), dashed=True),  # mostly the same line: both are to be seen
+        Line("dropouts", *series(rows, "dropouts")),
+    )
+    return Chart("cohort", "Cohort", "devices", lines)
 
 
 def _speed(course: Course) -> Panel:
@@ -94,25 +103,13 @@ def _secagg(course: Course) -> list[Panel]:
         return [Missing("stages", "Stages", f"aggregation.kind={kind} sends no messages: there are no stages.")]
     if not course.stages:
         return [Missing("stages", "Stages", "No stage is completed yet.")]
-    seconds: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    sent: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for event in course.stages:
-        name, round_ = event.fields["stage"], event.round or 0
-        seconds[name][round_] += event.fields["seconds"]
-        for way in ("bytes_up", "bytes_down"):
-            sent[way][round_] += event.fields.get(way, 0)
-    words = {"bytes_up": "by devices", "bytes_down": "to devices"}
+    names = {stage: stage for stage in STAGES if any(stage in row for row in course.stage_seconds.values())}
+    sent = {round_: {way: count / 1024 for way, count in row.items()} for round_, row in course.sent.items()}
+    ways = {"by devices": "bytes_up", "to devices": "bytes_down"}
     return [
-        Chart(
-            "stages", "Time of each stage", "seconds", tuple(_by_round(n, seconds[n]) for n in STAGES if n in seconds)
-        ),
-        Chart("bytes", "Sent in a round, by all", "KiB", tuple(_by_round(words[w], sent[w], 1024) for w in words)),
+        _chart("stages", "Time of each stage", "seconds", course.stage_seconds, names),
+        _chart("bytes", "Sent in a round, by all", "KiB", sent, ways),
     ]
-
-
-def _by_round(name: str, values: dict[int, float], unit: float = 1) -> Line:
-    rounds = sorted(values)
-    return Line(name, rounds, [values[round_] / unit for round_ in rounds])
 
 
 def _losses(course: Course) -> list[Panel]:
@@ -154,12 +151,21 @@ def ess_shares(course: Course) -> dict[int, float]:
     """(Σw)²/(n Σw²) of each round's capped weights, by the middles of the histogram's bins."""
     bounds = np.array(course.bounds.get("weights", (0, 0)), float)
     middles = np.minimum(10 ** ((bounds[:-1] + bounds[1:]) / 2), course.settings.objective.weight_cap)
-    found = {}
-    for round_, row in course.simulation.items():
-        counts = np.array(row.get("weights", ()), float)
-        if len(counts) == len(middles) and counts.sum() > 0:
-            found[round_] = float((counts @ middles) ** 2 / (counts.sum() * (counts @ middles**2)))
-    return found
+    rounds, counts = _histogram(course, "weights")
+    if not rounds:
+        return {}
+    shares = (counts @ middles) ** 2 / (counts.sum(axis=1) * (counts @ middles**2))
+    return dict(zip(rounds, shares.tolist(), strict=True))
+
+
+def _histogram(course: Course, name: str) -> tuple[list[int], np.ndarray]:
+    """Rounds in which any value was counted, and (rounds, bins) how many in each bin."""
+    bins = len(course.bounds.get(name, ())) - 1
+    rows = [(round_, row[name]) for round_, row in sorted(course.simulation.items()) if len(row.get(name, ())) == bins]
+    counts = np.array([own for _, own in rows], float).reshape(len(rows), max(bins, 0))
+    sums = counts.sum(axis=1)
+    counted = np.isfinite(sums) & (sums > 0)
+    return [round_ for (round_, _), known in zip(rows, counted, strict=True) if known], counts[counted]
 
 
 _HISTOGRAMS: dict[str, tuple[str, str, Callable[[float], float]]] = {
@@ -172,13 +178,11 @@ _HISTOGRAMS: dict[str, tuple[str, str, Callable[[float], float]]] = {
 def _histograms(course: Course) -> list[Panel]:
     found: list[Panel] = []
     for name, (title, unit, of_log) in _HISTOGRAMS.items():
-        rows = {round_: row[name] for round_, row in course.simulation.items() if name in row}
-        rounds = [round_ for round_ in sorted(rows) if sum(rows[round_]) > 0]
+        rounds, counts = _histogram(course, name)
         if not rounds:
             hint = "no round is completed yet" if name == "norms" else "none is recorded: the estimator divides by no β"
             found.append(Missing(name, title, _absent(course, hint)))
             continue
-        counts = np.array([rows[round_] for round_ in rounds], float)
         bounds = [of_log(bound) for bound in course.bounds[name]]
         shares = 100 * counts / counts.sum(axis=1, keepdims=True)
         found.append(Heat(name, title, unit, rounds, bounds, shares, f"% of each round. {SIMULATION.capitalize()}."))
@@ -188,8 +192,9 @@ def _histograms(course: Course) -> list[Panel]:
 def _clipped(course: Course) -> Panel:
     if not course.simulation:
         return Missing("clipped", "Clipped updates", _absent(course, "no round is completed yet"))
-    rows = {round_: {"clipped": 100 * row["clipped"]} for round_, row in course.simulation.items() if "clipped" in row}
-    return _chart("clipped", "Clipped updates", "% of the updates", rows, {"clipped": "clipped"}, SIMULATION)
+    rounds, shares = series(course.simulation, "clipped")
+    line = Line("clipped", rounds, 100 * shares)
+    return Chart("clipped", "Clipped updates", "% of the updates", (line,), note=f"{SIMULATION.capitalize()}.")
 
 
 def _accuracy(course: Course) -> list[Panel]:
@@ -261,8 +266,7 @@ def _models(row: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
 def _chart(
     id_: str, title: str, unit: str, rows: Rows, names: dict[str, str], note: str = "", zero: bool = True
 ) -> Chart:
-    rounds = sorted(rows)
-    lines = tuple(Line(label, rounds, [number(rows[r].get(key)) for r in rounds]) for label, key in names.items())
+    lines = tuple(Line(label, *series(rows, key)) for label, key in names.items())
     return Chart(id_, title, unit, lines, note=f"{note.capitalize()}." if note else "", zero=zero)
 
 
@@ -274,10 +278,10 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def series(rows: Rows, key: str) -> tuple[list[int], Numbers]:
-    """A field's values over the rounds."""
+def series(rows: Rows, key: str) -> tuple[list[int], np.ndarray]:
+    """A field's values over the rounds; NaN, which events write as text, where there is none."""
     rounds = sorted(rows)
-    return rounds, [number(rows[round_].get(key)) for round_ in rounds]
+    return rounds, np.array([rows[round_].get(key) for round_ in rounds], float)
 
 
 def _absent(course: Course, hint: str) -> str:

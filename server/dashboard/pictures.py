@@ -1,5 +1,7 @@
 """Charts as matplotlib draws them."""
 
+from textwrap import fill
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -15,6 +17,7 @@ def picture(chart: Chart | Heat) -> Figure:
     axes.set_title(chart.title)
     axes.set_ylabel(chart.unit)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(fill(chart.note, 110), fontsize=7)
     if isinstance(chart, Heat):
         axes.set_xlabel("round")
         edges = np.append(chart.x, chart.x[-1] + 1)
@@ -27,7 +30,7 @@ def picture(chart: Chart | Heat) -> Figure:
     width = 0.8 / max(len(chart.lines), 1)
     for place, line in enumerate(chart.lines):
         colour = PALETTE[(place if line.colour < 0 else line.colour) % len(PALETTE)]
-        y = np.array([np.nan if value is None else value for value in line.y], float)
+        y = np.array(line.y, float)
         if chart.categories:
             axes.bar(
                 np.arange(len(y)) + (place - (len(chart.lines) - 1) / 2) * width,

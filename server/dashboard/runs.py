@@ -13,9 +13,9 @@ from server.dashboard.spending import Spending
 from server.dashboard.view import run_facts, templates
 from server.run_folder import RunFolder
 
-_FRESH_SECONDS = 0.5
-"""For so long what was read is good for every browser."""
 _LOOK_SECONDS = 2.0
+
+_ROW = templates.get_template("parts/runs_row.html")
 
 Shown = TypeVar("Shown")
 
@@ -27,7 +27,7 @@ class Runs:
         self._root = root
         self._lock = threading.Lock()
         self._followed: dict[str, tuple[Course, Spending]] = {}
-        self._read_at: dict[str, float] = {}
+        self._rows: dict[str, tuple[object, str]] = {}
         self._found: Mapping[str, Path] = {}
         self._looked = 0.0
 
@@ -46,7 +46,7 @@ class Runs:
     def show(self, name: str, draw: Callable[[Course, Spending], Shown]) -> Shown:
         """What `draw` makes of a run as it is now. Raises :class:`RunError` in words where it cannot be read."""
         with self._lock:
-            course, spending = self._course(name)
+            course, spending = self._read(name)
             spending.update(course)
             with explained(course.folder.path):
                 return draw(course, spending)
@@ -57,9 +57,10 @@ class Runs:
         with self._lock:
             for name in names:
                 try:
-                    found[name] = self._course(name)
+                    self._row(name)
                 except FedtopkError:
                     continue
+                found[name] = self._followed[name]
             with explained(self._root):
                 return draw(found)
 
@@ -67,29 +68,33 @@ class Runs:
         """What the first page is sent: a row for each run, or why there is none."""
         rows = []
         for name in self.names():
-            try:
-                with self._lock:
-                    course, spending = self._course(name)
-                    with explained(course.folder.path):
-                        rows.append(run_facts(name, course, spending) | {"problem": ""})
-            except FedtopkError as error:
-                rows.append({"name": name, "problem": str(error)})
+            with self._lock:
+                try:
+                    rows.append(self._row(name))
+                except FedtopkError as error:
+                    rows.append(_ROW.render(name=name, problem=str(error)))
         template = templates.get_template("parts/runs.html")
         return {"html": {"runs": template.render(rows=rows, root=str(self._root))}}
 
-    def _course(self, name: str) -> tuple[Course, Spending]:
+    def _row(self, name: str) -> str:
+        """HTML."""
+        course, spending = self._read(name)
+        spending.update(course, ahead=False)
+        version, (known, row) = (course.version, spending.version), self._rows.get(name, (None, ""))
+        if known != version:
+            with explained(course.folder.path):
+                row = _ROW.render(run_facts(name, course, spending) | {"problem": ""})
+            self._rows[name] = version, row
+        return row
+
+    def _read(self, name: str) -> tuple[Course, Spending]:
         folder = self.path(name)
         if folder is None:
             raise RunError(f"Expected {name} to be a run below {self._root}.")
-        known = self._followed.get(name)
-        if known is not None and time.monotonic() - self._read_at[name] < _FRESH_SECONDS:
-            return known
-        course, spending = known or (Course(RunFolder(folder)), Spending())
+        course, spending = self._followed.setdefault(name, (Course(RunFolder(folder)), Spending()))
         try:
             update(course)
         except FedtopkError:
-            self._followed.pop(name, None)  # it is read from its beginning once it can be
+            del self._followed[name]  # it is read from its beginning once it can be
             raise
-        self._followed[name] = course, spending
-        self._read_at[name] = time.monotonic()
         return course, spending

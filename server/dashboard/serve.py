@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,8 +21,8 @@ from server.durable import make_folder
 
 PORT = 8420
 _GRACE_SECONDS = 2
-_NICE = 5
-"""The machine is the run's: the dashboard takes what is left."""
+_NICE = 10
+"""The machine is the run's: the dashboard takes what is left, and a tenth of a core where nothing is."""
 
 
 def serve_dashboard(
@@ -51,7 +51,7 @@ def serve_dashboard(
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise RunError(f"Expected {host}:{port} to be free to listen on: {error.strerror or error}.") from None
-    os.nice(_NICE)
+    _give_way()
     shown = f"[{host}]" if ":" in host else host
     say(f"Dashboard: http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends it)")
     if token is None:
@@ -59,6 +59,13 @@ def serve_dashboard(
     if not access.open:
         say("Other machines can reach it, and it speaks no TLS: put a proxy with TLS before it.")
     asyncio.run(_serve(Dashboard(root, access, echarts_folder(), host, preview), listening))
+
+
+def _give_way() -> None:
+    os.nice(_NICE)
+    # Linux may weigh sessions against each other, and priorities only within each.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_NICE), encoding="ascii")
 
 
 async def _serve(dashboard: Dashboard, listening: socket.socket) -> None:

@@ -4,13 +4,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from server.dashboard.course import Course
+from common.errors import FedtopkError
+from server.dashboard.course import FOREIGN, Course
 
 _POINTS = 12
 """Of the curve."""
 _PAUSE_SECONDS = 5.0
 """Between two computations for a run that goes on, at least: the machine is the run's."""
-_SHARE = 0.01
+_SHARE = 0.005
 """Of a core, that they may cost once the curve is there."""
 
 _worker = ThreadPoolExecutor(1, "epsilon")
@@ -24,23 +25,29 @@ class Spending:
     Attributes:
         spent: ``{"releases", "epsilon_model", "epsilon_server"}`` of a past moment; None until the first one is there.
         curve: releases → (ε_model, ε_server), for as many attempts.
+        problem: why there are none and will be none; empty as long as nothing went wrong.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, Any] | None = None
         self.curve: dict[int, tuple[float, float]] = {}
+        self.problem = ""
         self._due: Future[None] | None = None
         self._next = self._cost = 0.0
 
-    def update(self, course: Course) -> None:
-        """Take the figures of a run that has ended from its report, and have the others computed."""
+    def update(self, course: Course, ahead: bool = True) -> None:
+        """Take the figures of a run that has ended from its report, and have the others computed.
+
+        Args:
+            ahead: also the curve.
+        """
         account = course.opened.get("account")
-        if not account:
+        if not account or self.problem:
             return
         final = course.report.get("privacy", {})
         if {"epsilon_model", "epsilon_server", "releases"} <= set(final):
             self._spent(final["releases"], final["epsilon_model"], final["epsilon_server"])
-        missing, now = self._missing(course), time.monotonic()
+        missing, now = self._missing(course) if ahead else [], time.monotonic()
         busy = self._due is not None and not self._due.done()
         behind = self.spent is None or self.spent["releases"] < course.releases
         if not busy and (missing or behind) and now >= self._next:
@@ -50,7 +57,7 @@ class Spending:
     @property
     def version(self) -> tuple[object, ...]:
         """Differs as soon as a figure does."""
-        return self.spent and self.spent["releases"], len(self.curve)
+        return self.spent and self.spent["releases"], len(self.curve), self.problem
 
     def finish(self, course: Course) -> None:
         """The same, and wait until all figures are there."""
@@ -76,12 +83,16 @@ class Spending:
     def _compute(self, fields: dict[str, float], releases: int, attempts: int, points: list[int]) -> None:
         from common.privacy.budget import Account  # brings torch, which takes seconds
 
-        account, start = Account(**fields), time.thread_time()
-        if self.spent is None or self.spent["releases"] < releases:
-            self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
-        for point in points:
-            figures = (account.epsilon_model(point), account.epsilon_server(point))
-            self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
+        start = time.thread_time()
+        try:
+            account = Account(**fields)
+            if self.spent is None or self.spent["releases"] < releases:
+                self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
+            for point in points:
+                figures = (account.epsilon_model(point), account.epsilon_server(point))
+                self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
+        except (FedtopkError, MemoryError, *FOREIGN) as error:
+            self.problem = f"ε cannot be computed from what the run recorded: {type(error).__name__} {error}."
         self._cost = time.thread_time() - start
 
 

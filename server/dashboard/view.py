@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from common.settings import Settings
 from server.controls import ACTIONS
 from server.dashboard.cautions import cautions
 from server.dashboard.charts import Chart, Heat, option
-from server.dashboard.course import Course
-from server.dashboard.panels import STAGES, Missing, Panel, panels
+from server.dashboard.course import STAGES, Course
+from server.dashboard.panels import Missing, Panel, panels
 from server.dashboard.spending import Spending
 from server.events import Event
 
@@ -25,7 +26,7 @@ SECTIONS = {
     "weights": "Weights and norms",
     "accuracy": "What is recommended",
 }
-_FRAGMENTS = ("status", "controls", "cautions", "privacy", "cohort", "secagg", "accuracy", "settings", "log")
+_FRAGMENTS = ("status", "controls", "cautions", "privacy", "cohort", "secagg", "accuracy", "log")
 STATES = {
     "starting": "is starting: no round is completed yet",
     "running": "is training",
@@ -44,8 +45,10 @@ _RECENT = 20
 
 def quantity(value: float | None, digits: int = 4) -> str:
     """A number for people: thousands in groups, and so many significant digits."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
@@ -75,7 +78,10 @@ def size(count: float | None) -> str:
 
 def moment(seconds: float) -> str:
     """A time of the log, UTC."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except OSError as error:  # of years that no clock knows
+        raise ValueError(f"time {seconds}: {error.strerror}") from None
 
 
 templates = Environment(
@@ -88,10 +94,11 @@ templates = Environment(
 templates.filters |= {"quantity": quantity, "duration": duration, "size": size, "moment": moment}
 
 
-def run_parts(name: str, course: Course, spending: Spending, operator: bool, preview: bool) -> dict[str, Any]:
+def run_parts(name: str, course: Course, spending: Spending, preview: bool) -> dict[str, Any]:
     """What the page of a run is sent: ``{"html": {fragment: HTML}, "panels": {id: panel}}``."""
-    facts = run_facts(name, course, spending) | {"operator": operator, "preview": preview}
+    facts = run_facts(name, course, spending) | {"preview": preview, "log": log_lines(reversed(course.log))}
     html = {part: templates.get_template(f"parts/{part}.html").render(facts) for part in _FRAGMENTS}
+    html["settings"] = settings_part(course.settings)
     drawn = {panel.id: drawing(panel, section) for section, row in panels(course, spending).items() for panel in row}
     return {"html": html, "panels": drawn}
 
@@ -144,9 +151,6 @@ def run_facts(name: str, course: Course, spending: Spending) -> dict[str, Any]:
         "stages": _last_stages(course),
         "evaluation": course.report.get("evaluation"),
         "final_privacy": course.report.get("privacy", {}),
-        "differences": differences(course.settings),
-        "all_settings": course.settings.flat(),
-        "log": [(event, _in_words(event)) for event in reversed(course.log)],
         "actions": {action: _allowed(action, course) for action in ACTIONS},
         "waiting": [command for command in course.commands if command.answered_at is None],
         "answered": [command for command in course.commands if command.answered_at is not None][-5:],
@@ -162,6 +166,7 @@ def _privacy(course: Course, spending: Spending) -> dict[str, Any] | None:
     rounds = course.settings.training.rounds
     return {
         "spent": spending.spent,
+        "problem": spending.problem,
         "budget": course.settings.privacy.target_epsilon,
         "delta": account["delta"],
         "releases": course.releases,
@@ -180,17 +185,22 @@ def _last_stages(course: Course) -> list[dict[str, Any]]:
     newest = course.stages[-1]
     key = (newest.round, newest.fields["attempt"])
     found = {
-        event.fields["stage"]: event.fields
-        for event in course.stages[-2 * len(STAGES) :]
-        if (event.round, event.fields["attempt"]) == key
+        event.fields["stage"]: event.fields for event in course.stages if (event.round, event.fields["attempt"]) == key
     }
     return [{"stage": stage, "round": key[0], "attempt": key[1], "done": found.get(stage)} for stage in STAGES]
 
 
-def differences(settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """Settings that are not default: what they are here, and the default."""
-    default = Settings().flat()
-    return {key: (value, default[key]) for key, value in settings.flat().items() if value != default[key]}
+@lru_cache(maxsize=64)
+def settings_part(settings: Settings) -> str:
+    """All settings, and those that are not default beside what the default is. They stay as they are."""
+    own, default = settings.flat(), Settings().flat()
+    differences = {key: (value, default[key]) for key, value in own.items() if value != default[key]}
+    return templates.get_template("parts/settings.html").render(differences=differences, all_settings=own)
+
+
+def log_lines(events: Iterable[Event]) -> list[tuple[Event, str]]:
+    """Events with their fields in words, for the log."""
+    return [(event, _in_words(event)) for event in events]
 
 
 def _allowed(action: str, course: Course) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from common.console import Format, answer, stderr, stopping
+from common.console import FormatOption, answer, stderr, stopping
 
 
 def audit(
@@ -25,7 +25,7 @@ def audit(
     study_seeds: Annotated[
         int, typer.Option("--study", metavar="SEEDS", min=0, help="Instead, audit broken systems over so many seeds.")
     ] = 0,
-    format: Annotated[Format, typer.Option("--format", help="What standard output holds.")] = "text",
+    format: FormatOption = "text",
 ) -> None:
     """Attack a run's own system, repeated at a smaller size, and compare what shows with the claimed ε (minutes).
 

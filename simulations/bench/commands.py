@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from common.console import answer
+from common.console import FormatOption, answer
 from common.errors import SettingsError
-from simulations.options import CORES, FormatOption
+from simulations.options import CORES
 
 bench_app = typer.Typer(help="Measured figures.", no_args_is_help=True)
 
@@ -128,17 +128,19 @@ def dashboard(
     devices: Annotated[
         int, typer.Option("--devices", min=1, help="N; a tenth of them takes part in a round.")
     ] = 10_000,
-    stretches: Annotated[int, typer.Option("--stretches", min=2, help="Of rounds, open and closed by turns.")] = 20,
-    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of a stretch.")] = 12,
+    blocks: Annotated[
+        int, typer.Option("--blocks", min=2, help="Of six stretches: open, closed, null, null, closed, open.")
+    ] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of a stretch; the first one does not count.")] = 6,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = CORES,
     format: FormatOption = "text",
 ) -> None:
-    """Measure what an open dashboard costs the run that it shows (minutes, on an idle machine)."""
-    from simulations.bench.dashboard import bench_dashboard, results_table, settings_of
+    """Measure what an open dashboard costs the run that it shows (five minutes, on an idle machine)."""
+    from simulations.bench.dashboard import BLOCK, bench_dashboard, results_table, settings_of
     from simulations.progress import RoundsBar
 
-    with RoundsBar(stretches, "dashboard", "stretches") as bar:
-        results = bench_dashboard(settings_of(devices, stretches, rounds), stretches, workers, bar.update)
+    with RoundsBar(blocks * len(BLOCK), "dashboard", "stretches") as bar:
+        results = bench_dashboard(settings_of(devices, blocks, rounds), blocks, workers, bar.update)
     answer(format, results, lambda: results_table(results))
 
 

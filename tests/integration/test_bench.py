@@ -119,12 +119,30 @@ def test_fuzz_without_atheris(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dashboard() -> None:
     """The viewer comes and goes as it should; how large the overhead is, is for an idle machine to say."""
-    from simulations.bench.dashboard import bench_dashboard, settings_of
+    from simulations.bench.dashboard import BLOCK, bench_dashboard, settings_of
 
     told: list[tuple[int, str]] = []
     results = bench_dashboard(settings_of(60, 2, 3), 2, 1, lambda stretch, kind: told.append((stretch, kind)))
-    assert told == [(1, "open"), (2, "closed")]
-    assert results["rounds"] == 9 and min(results["round_s"].values()) > 0
-    assert results["overhead"] == pytest.approx(
-        results["round_s"]["open"] / results["round_s"]["closed"] - 1, rel=0.1, abs=0.05
-    )
+    assert [kind for _, kind in told] == [*BLOCK, *BLOCK] and [number for number, _ in told] == list(range(1, 13))
+    assert results["rounds"] == 39 and results["messages"] > 0 and results["open_s"] > 0
+    for own in (results, results["cpu"]):
+        assert min(own["round_s"].values()) > 0
+        for name in ("overhead", "null"):
+            low, high = own[f"{name}_ci95"]
+            assert low <= own[name] <= high
+
+
+def test_dashboards_figures() -> None:
+    """A viewer that costs 2 %, and a dashboard that takes 1 % of a core more, on a machine that slows down steadily."""
+    from simulations.bench.dashboard import BLOCK, Stretch, compared
+
+    def stretch(number: int) -> Stretch:
+        kind, drift = BLOCK[number % len(BLOCK)], 1 + 0.01 * number
+        cost = 1.02 if kind == "open" else 1.0
+        return Stretch(kind, 5, 5 * drift * cost, 5 * drift, 0.05 * drift if kind == "open" else 0.0)
+
+    results = compared([stretch(number) for number in range(4 * len(BLOCK))])
+    assert results["overhead"] == pytest.approx(0.02) and results["null"] == pytest.approx(0)
+    assert results["overhead_ci95"] == pytest.approx([0.02, 0.02]) and results["null_ci95"] == pytest.approx([0, 0])
+    assert results["cpu"]["overhead"] == pytest.approx(0.01) and results["cpu"]["null"] == pytest.approx(0)
+    assert results["dashboard_cpu"] == pytest.approx(0.01 / 1.02, rel=0.01)

@@ -1,7 +1,10 @@
 """The dashboard without a browser: what it reads, what it refuses, and what it never tells."""
 
 import asyncio
+import contextlib
 import json
+import math
+import os
 import shutil
 import socket
 import sqlite3
@@ -15,15 +18,17 @@ import numpy as np
 import pytest
 from recorded_run import write_run
 
-from common.errors import RunError, SettingsError
+from common.errors import FedtopkError, RunError, SettingsError
 from server.controls import read_commands
-from server.dashboard.access import COOKIE, Access
+from server.dashboard.access import Access
 from server.dashboard.app import Dashboard
 from server.dashboard.charts import POINTS, Heat, Line, option, thinned, thinned_heat
 from server.dashboard.course import Course, read_course, update
+from server.dashboard.feed import Feed, Parts
 from server.dashboard.folders import find_runs
 from server.dashboard.panels import Missing, panels
 from server.dashboard.report import write_report
+from server.dashboard.runs import Runs
 from server.dashboard.serve import echarts_folder, serve_dashboard
 from server.dashboard.spending import Spending
 from server.dashboard.view import run_parts
@@ -74,8 +79,8 @@ def client_of(root: Path, token: str = TOKEN, host: str = "127.0.0.1", preview: 
     return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview))
 
 
-def parts_of(folder: Path, operator: bool = False) -> dict[str, Any]:
-    return run_parts("run", read_course(RunFolder(folder)), Spending(), operator, True)
+def parts_of(folder: Path) -> dict[str, Any]:
+    return run_parts("run", read_course(RunFolder(folder)), Spending(), True)
 
 
 def test_follows_as_a_run_grows(tmp_path: Path) -> None:
@@ -190,6 +195,8 @@ def damaged(root: Path, source: Path) -> dict[str, str]:
         "no-database",
         "no-settings",
         "half-written",
+        "linked",
+        "pipe",
         "foreign",
         "newer",
         "text",
@@ -206,6 +213,10 @@ def damaged(root: Path, source: Path) -> dict[str, str]:
     (root / "bad-toml" / "settings.toml").write_text("[training\nrounds = = 3")
     (root / "folder" / DATABASE).unlink()
     (root / "folder" / DATABASE).mkdir()
+    (root / "linked" / "settings.toml").unlink()
+    (root / "linked" / "settings.toml").symlink_to("/etc/hostname")
+    (root / "pipe" / "run.lock").unlink(missing_ok=True)
+    os.mkfifo(root / "pipe" / "run.lock")
     for name, statement in {
         "foreign": "PRAGMA application_id=1",
         "newer": "PRAGMA user_version=99",
@@ -224,7 +235,9 @@ def damaged(root: Path, source: Path) -> dict[str, str]:
         "text": "not a database",
         "bad-toml": "valid TOML",
         "odd-events": "what this version records",
-        "folder": "usable database",
+        "folder": "no folder, link or pipe",
+        "linked": "no folder, link or pipe",
+        "pipe": "no folder, link or pipe",
     }
 
 
@@ -242,11 +255,129 @@ def test_damaged_folders_are_explained(recorded: Path, tmp_path: Path) -> None:
 
 
 def client_page(client: Client, root: Path) -> str:
-    from server.dashboard.runs import Runs
-
     assert client.get("/").status_code == 200
     html: str = Runs(root).index()["html"]["runs"]
     return html
+
+
+HUGE = {"members": 10**400, "survivors": 10**400, "dropouts": -(10**400), "seconds": 1e308}
+HOSTILE: dict[str, list[tuple[str, Any, Any]]] = {
+    "huge numbers": [("round", 1, HUGE), ("round", 10**15, HUGE)],
+    "no numbers": [("round", 1, {"members": 1, "survivors": 1, "seconds": "NaN"})],
+    "negative": [("round", -5, {"members": -1, "survivors": -2, "dropouts": -3, "seconds": -4.0})],
+    "infinite": [("simulation", 1, {"policy_loss": math.inf, "clipped": "NaN", "weights": [math.nan] * 26})],
+    "other types": [("simulation", 1, {"policy_loss": {"a": 1}, "clipped": [1], "weights": "many"})],
+    "odd histograms": [("simulated", None, {"bounds": {"weights": [1e9, -1e9, None]}})],
+    "unknown kind": [("teleported", 1, {"where": "<script>"})],
+    "odd account": [("opened", None, {"devices": "many", "account": {"delta": "small"}})],
+    "other account": [("opened", None, {"devices": 9, "account": {"delta": 1e-6, "multiplier": -1}})],
+    "deep": [("begun", None, "[" * 100_000)],
+    "odd validation": [("validation", 1, {"hr@10": "?", "hr@10_ci95": 3})],
+}
+
+
+def test_hostile_records_are_explained_or_shown(recorded: Path, tmp_path: Path) -> None:
+    """Whatever stands in a database, each page answers, others stay whole, and a report is written or refused."""
+    shutil.copytree(recorded / "simulation", tmp_path / "whole")
+    for name, events in HOSTILE.items():
+        shutil.copytree(recorded / "simulation", tmp_path / name)
+        connection = sqlite3.connect(tmp_path / name / DATABASE)
+        for kind, round_, fields in events:
+            text = fields if isinstance(fields, str) else json.dumps(fields)
+            connection.execute(
+                "INSERT INTO events (time, kind, round, fields, digest) VALUES (1e300, ?, ?, ?, '')",
+                (kind, round_, text),
+            )
+        connection.commit()
+        connection.close()
+    client = client_of(tmp_path)
+    runs = Runs(tmp_path)
+    index = client_page(client, tmp_path)
+    for name in HOSTILE:
+        assert name in index
+        for path in (f"/run/{name}", f"/stream/run/{name}", f"/log/{name}?with=round", f"/compare?run={name}"):
+            assert client.get(path).status_code in (200, 422)
+        with contextlib.suppress(FedtopkError):
+            runs.show(
+                name, lambda course, spending: json.dumps(run_parts("x", course, spending, True), allow_nan=False)
+            )
+    with pytest.raises(RunError, match="what this version records"):
+        write_report(tmp_path / "huge numbers", tmp_path / "report")
+    assert 'fedtopk_rounds_total{run="whole"} 8.0' in client.get("/metrics").text
+    assert set(runs.show_all(["whole", *HOSTILE], dict)) >= {"whole", "unknown kind"}
+
+
+def test_text_that_is_not_unicode_is_explained(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded / "simulation", tmp_path / "run")
+    connection = sqlite3.connect(tmp_path / "run" / DATABASE)
+    connection.execute("UPDATE events SET fields=CAST(x'7b22ff223a317d' AS TEXT) WHERE kind='round'")
+    connection.commit()
+    connection.close()
+    with pytest.raises(RunError, match="UTF-8"):
+        read_course(RunFolder(tmp_path / "run"))
+
+
+def test_a_run_in_the_place_of_another_is_read_anew(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded / "simulation", tmp_path / "run")
+    runs = Runs(tmp_path)
+    assert runs.show("run", lambda course, spending: course.round) == 8
+    shutil.rmtree(tmp_path / "run")
+    write_run(tmp_path / "run", 3, devices=500)
+    with pytest.raises(RunError, match="another one took its place"):
+        runs.show("run", lambda course, spending: course.round)
+    assert runs.show("run", lambda course, spending: course.round) == 3
+
+
+def test_the_whole_log_is_searched(recorded: Path, tmp_path: Path) -> None:
+    """Also what no page holds any more; letters in either case, and none is a pattern."""
+    write_run(tmp_path / "run", 100, devices=1000)
+    client = client_of(tmp_path)
+    first = client.get("/log/run", params={"with": "ROUND 1 "}).text
+    assert "<i>round 1</i>" in first and first.count("<p>") == 2  # and its figures of the simulation
+    assert client.get("/log/run", params={"with": "seconds 2.99"}).text.count("<p>") == 1
+    assert client.get("/log/run", params={"with": "opened"}).text.count("<p>") == 1
+    assert "No line" in client.get("/log/run", params={"with": "100%_"}).text
+    assert client.get("/log/nothing").status_code == 404
+    assert "<i>round 1</i>" not in parts_of(tmp_path / "run")["html"]["log"]
+
+
+def test_a_feed_draws_once_for_all() -> None:
+    now, drawn, state = [0.0], [0], {"a": 1, "b": 1}
+
+    def draw() -> Parts:
+        drawn[0] += 1
+        return {"html": dict(state)}
+
+    def content(message: str) -> Any:
+        return json.loads(message.removeprefix("data:")) if message.startswith("data:") else None
+
+    async def follow() -> None:
+        feed, closing = Feed(draw, lambda: now[0]), asyncio.Event()
+        first, second = feed.follow(closing), feed.follow(closing)
+        assert content(await anext(first)) == content(await anext(second)) == {"html": {"a": 1, "b": 1}}
+        assert drawn == [1]
+        state["b"] = 2
+        now[0] = 100.0
+        assert content(await anext(first)) == content(await anext(second)) == {"html": {"b": 2}}
+        assert drawn == [2]
+        assert content(await anext(feed.follow(closing))) == {"html": {"a": 1, "b": 2}}
+        assert content(await anext(first)) is None
+        assert drawn == [2]
+        feed.hurry()
+        state["a"] = 3
+        assert content(await anext(first)) == {"html": {"a": 3}}
+
+    asyncio.run(follow())
+
+
+def test_what_is_unchanged_is_not_read_again(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(recorded / "simulation", tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        os.utime(path, (1e9, 1e9))
+    course = read_course(RunFolder(tmp_path / "run"))
+    monkeypatch.setattr("server.dashboard.course.open_store_read_only", None)
+    update(course)
+    assert course.round == 8
 
 
 def test_a_locked_database_is_explained(recorded: Path, tmp_path: Path) -> None:
@@ -345,7 +476,27 @@ def test_every_answer_has_the_headers(recorded: Path) -> None:
 
 
 def test_foreign_names_for_this_machine_are_refused(recorded: Path) -> None:
-    assert client_of(recorded).get("/", headers={"host": "rebound.example"}).status_code == 400
+    for host in ("rebound.example", "rebound.example:8420", "127.0.0.1.rebound.example", "localhost.example", ""):
+        assert client_of(recorded).get("/", headers={"host": host}).status_code == 400
+    for host in ("localhost", "127.0.0.1:8420", "[::1]:8420", "localhost:x"):
+        assert client_of(recorded).get("/", headers={"host": host}).status_code == 200
+    assert client_of(recorded, host="127.0.0.2").get("/", headers={"host": "127.0.0.2:1"}).status_code == 200
+
+
+def test_behind_a_proxy_with_tls(recorded: Path) -> None:
+    """It passes Host on; the browser's Origin is https, and so the cookie is for that alone."""
+    client = client_of(recorded, host="0.0.0.0")
+    there = {"host": "runs.example:8443", "origin": "https://runs.example:8443"}
+    response = client.post("/login", data={"token": TOKEN}, headers=there)
+    cookie = response.headers["set-cookie"]
+    assert response.status_code == 303 and "Secure" in cookie and cookie.startswith("fedtopk-8443=")
+    access = Access.of("0.0.0.0", TOKEN)
+    client.cookies = {"fedtopk-8443": access.derived("cookie")}
+    word = {"x-csrf": access.derived("csrf")}
+    asked = {"action": "abort", "expected": 0}
+    assert client.post("/command/simulation", json=asked, headers=there | word).status_code == 409  # it has ended
+    elsewhere = there | word | {"origin": "https://runs.example"}
+    assert client.post("/command/simulation", json=asked, headers=elsewhere).status_code == 403
 
 
 def test_login_redirects_to_this_site_only(recorded: Path) -> None:
@@ -363,7 +514,7 @@ def test_commands_need_token_and_csrf_word_and_origin(recorded: Path, tmp_path: 
     shutil.copytree(recorded / "simulation", tmp_path / "run")
     access, client = Access.of("127.0.0.1", TOKEN), client_of(tmp_path)
     asked = {"action": "abort", "expected": 0}
-    cookie = {COOKIE: access.derived("cookie")}
+    cookie = {"fedtopk": access.derived("cookie")}
     word = {"x-csrf": access.derived("csrf"), "origin": ORIGIN}
     with open_store(tmp_path / "run") as store:
         Events(store, lambda: 0.0).record("opened", devices=1, account=None)
@@ -377,7 +528,7 @@ def test_commands_need_token_and_csrf_word_and_origin(recorded: Path, tmp_path: 
         assert ask({}, cookie) == 403
         assert ask(word | {"origin": "http://elsewhere.example"}, cookie) == 403
         assert ask({"x-csrf": "guess", "origin": ORIGIN}, cookie) == 403
-        assert ask(word, {COOKIE: "guess"}) == 403
+        assert ask(word, {"fedtopk": "guess"}) == 403
         assert ask({"authorization": "Bearer guess"}) == 403
         assert read_commands(store) == []
         assert ask(word, cookie, action="explode") == 400
@@ -400,7 +551,8 @@ def test_an_aborted_run_does_not_go_on(tmp_path: Path) -> None:
 
 
 def test_preview_escapes_titles(recorded: Path) -> None:
-    shown = {"label": "<b>7", "users": 3, "round": 2, "lists": {"π": [{"title": "<i>Film</i>", "value": "3 %"}]}}
+    titles = {"π": [{"title": "<i>Film</i>", "value": "3 %"}]}
+    shown = {"user": "<b>7", "next": "8&x=<", "users": 3, "round": 2, "lists": titles}
     client = client_of(recorded, preview=lambda run, user: shown)
     text = client.get("/preview/simulation?user=999999999999").text
     assert "&lt;i&gt;Film&lt;/i&gt;" in text and "<b>7" not in text

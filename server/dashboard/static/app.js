@@ -5,11 +5,14 @@ const main = document.getElementById("main");
 const lost = document.getElementById("lost");
 const answer = document.getElementById("answer");
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const still = matchMedia("(prefers-reduced-motion: reduce)");
+const csrf = document.querySelector('meta[name="csrf"]').content; // of operators
+const field = document.getElementById("filter");
 const shown = new Map(); // canvas → {option, chart}
+let stream, tail = "";
 
 function follow() {
-  const stream = new EventSource(main.dataset.stream);
+  stream?.close();
+  stream = new EventSource(main.dataset.stream);
   stream.onmessage = (message) => {
     lost.hidden = true;
     const { html = {}, panels = {} } = JSON.parse(message.data);
@@ -24,7 +27,18 @@ function follow() {
   };
 }
 
+// Nobody sees a page in the background, and whoever comes back is sent everything anew.
+document.addEventListener("visibilitychange", () => {
+  if (!main.dataset.stream) return;
+  if (document.hidden) stream?.close();
+  else follow();
+});
+
 function replace(part, text) {
+  if (part === "log") {
+    tail = text;
+    if (field.value.trim()) return search();
+  }
   const here = main.querySelector(`[data-part="${part}"]`);
   if (!here) return;
   const open = [...here.querySelectorAll("details")].map((details) => details.open);
@@ -34,7 +48,7 @@ function replace(part, text) {
   here.querySelectorAll("details").forEach((details, at) => { details.open = open[at] ?? false; });
   if (focused) here.querySelector(`[data-action="${focused}"]`)?.focus();
   here.scrollTop = scrolled;
-  if (part === "log") filter();
+  if (part === "controls" && !csrf) here.querySelectorAll("button").forEach((button) => { button.disabled = true; });
 }
 
 function place(id, panel) {
@@ -75,31 +89,47 @@ function draw(canvas) {
   if (!canvas.clientWidth) return;
   known.chart ??= echarts.init(canvas);
   known.chart.resize();
-  known.chart.setOption(dressed(known.option), { replaceMerge: ["series"] });
+  known.chart.setOption(dressed(known.option, canvas.clientWidth), { replaceMerge: ["series"] });
 }
 
-function dressed(option) {
+function dressed(option, width) {
   const [ink, quiet, line, card] = ["--ink", "--quiet", "--line", "--card"].map((name) => getComputedStyle(document.body).getPropertyValue(name).trim());
   const axis = (own) => ({
     axisLine: { lineStyle: { color: quiet } }, axisLabel: { color: quiet, hideOverlap: true }, splitLine: { lineStyle: { color: line } },
     nameTextStyle: { color: quiet }, ...own,
   });
   const heat = option.visualMap !== undefined;
+  const legend = heat ? 0 : legendRows(option.legend, width);
   const viridis = ["#fde725", "#5ec962", "#21918c", "#3b528b", "#440154"];
   return {
-    animation: !still.matches && !heat, animationDuration: 200, animationDurationUpdate: 200,
+    animation: false,
     textStyle: { color: ink, fontFamily: "system-ui, sans-serif" },
-    grid: { left: 8, right: heat ? 56 : 16, top: heat || !(option.legend.show ?? option.legend.data.length > 1) ? 16 : 40, bottom: 30, containLabel: true },
+    grid: { left: 8, right: heat ? 56 : 16, top: 16 + 20 * Math.min(legend, 3), bottom: 30, containLabel: true },
     tooltip: { trigger: heat ? "item" : "axis", renderMode: "richText", backgroundColor: card, borderColor: line, textStyle: { color: ink, fontSize: 12 } },
     ...(heat
       ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
           text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
           inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
-      : { legend: { ...option.legend, type: "scroll", itemWidth: 14, itemGap: 8, show: option.legend.show ?? option.legend.data.length > 1, top: 4, textStyle: { color: ink, fontSize: 11 } } }),
+      : { legend: { ...option.legend, type: legend > 3 ? "scroll" : "plain", itemWidth: 14, itemGap: 8, show: legend > 0, top: 0, textStyle: { color: ink, fontSize: 11 } } }),
     xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
     yAxis: axis({ ...option.yAxis, name: "", axisLabel: { color: quiet, hideOverlap: true, interval: heat ? 3 : undefined } }),
-    series: option.series,
+    series: heat ? option.series.map((series) => ({ ...series, data: cells(series.data) })) : option.series,
   };
+}
+
+// Rows that the names of the lines take, by a guess at the width of letters; 0 without a legend.
+function legendRows({ data, show = data.length > 1 }, width) {
+  let rows = 1, place = 0;
+  for (const item of data.map((name) => 28 + 6 * name.length)) {
+    if (place && place + item > width) { rows += 1; place = 0; }
+    place += item;
+  }
+  return show ? rows : 0;
+}
+
+// [round, bin, share] of what is not 0.
+function cells(columns) {
+  return columns.flatMap((column, x) => column.flatMap((share, y) => (share ? [[x, y, share]] : [])));
 }
 
 function redraw() {
@@ -116,7 +146,6 @@ async function command(button) {
   };
   if (warnings[action] && !confirm(warnings[action])) return;
   const expected = Number(button.closest("[data-expected]").dataset.expected);
-  const csrf = document.querySelector('meta[name="csrf"]').content;
   try {
     const response = await fetch(`/command/${main.dataset.run}`, {
       method: "POST", headers: { "content-type": "application/json", "x-csrf": csrf }, body: JSON.stringify({ action, expected }),
@@ -132,10 +161,20 @@ main.addEventListener("click", (event) => {
   if (button) command(button);
 });
 
-function filter() {
-  const wanted = document.getElementById("filter").value.toLowerCase();
-  for (const line of main.querySelectorAll('[data-part="log"] p')) line.hidden = !line.textContent.toLowerCase().includes(wanted);
+// The whole log is searched where it is; the page holds its tail.
+async function search() {
+  const words = field.value.trim(), here = main.querySelector('[data-part="log"]');
+  let found = tail;
+  try {
+    if (words) {
+      const response = await fetch(`/log/${main.dataset.run}?${new URLSearchParams({ with: words })}`);
+      if (!response.ok) return; // what is wrong stands at the top
+      found = await response.text();
+    }
+  } catch { return; } // a lost server says so by its stream
+  if (field.value.trim() === words) here.innerHTML = found;
 }
-document.getElementById("filter")?.addEventListener("input", filter);
+let typed;
+field?.addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(search, 200); });
 
 if (main.dataset.stream) follow();
