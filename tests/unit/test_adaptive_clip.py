@@ -1,6 +1,7 @@
 """Adaptive clipping: what one user can change, what it costs in noise, and where C goes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,7 +139,9 @@ def test_the_clip_converges_to_the_quantile_of_known_norms(first: float, quantil
 def test_whatever_the_noise_says_the_clip_stays_within_its_bounds() -> None:
     rule = AdaptiveClip.of(settings_of("privacy.clip_norm=2", "guard.maximum_clip=5"))
     assert rule is not None
-    assert rule.following(2.0, -1e9) == pytest.approx(5.0)
-    assert rule.following(2.0, 1e9) == pytest.approx(2e-4)
+    assert rule.following(2.0, -1e9) == rule.highest == 5.0
+    assert rule.following(2.0, 1e9) == rule.lowest == 2e-4
     assert rule.following(2.0, 0.5) == pytest.approx(2.0)
+    for highest in np.random.default_rng(0).uniform(2, 100, 1000).tolist():  # e^log x may be above x
+        assert replace(rule, highest=highest).following(2.0, -1e9) == highest
     assert AdaptiveClip.of(Settings()) is None
