@@ -61,8 +61,8 @@ class AdaptiveClip:
     def following(self, clip: float, share: float) -> float:
         """C·exp(−η(b̃ − γ)): C of the round after one with `clip` that released the noisy `share` within it."""
         log = math.log(clip) - self.learning_rate * (share - self.quantile)
-        bounded = math.exp(min(max(log, math.log(self.lowest)), math.log(self.highest)))  # without an overflow
-        return min(max(bounded, self.lowest), self.highest)  # exactly: devices refuse whatever is above
+        anywhere = math.exp(min(log, math.log(self.highest) + 1))  # without an overflow
+        return min(max(anywhere, self.lowest), self.highest)  # exactly: devices refuse whatever is above
 
 
 def joint(clip: float) -> float:

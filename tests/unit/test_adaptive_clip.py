@@ -46,9 +46,10 @@ def test_one_user_moves_the_sum_by_the_sensitivity_at_most(dimension: int, clip:
     """Of a real device: its residues without noise are what a sum has more with it than without."""
     update = np.random.default_rng(seed).normal(size=dimension)
     update *= size * clip / np.linalg.norm(update)
-    sent = with_its_bit(update.astype(np.float32), clip)
+    update = update.astype(np.float32)
+    sent = with_its_bit(update, clip)
     assert np.linalg.norm(sent) <= joint(clip) * (1 + 1e-12)
-    assert sent[-1] == (SHARE * clip if np.linalg.norm(update.astype(np.float32)) <= clip else -SHARE * clip)
+    assert sent[-1] == (SHARE * clip if np.linalg.norm(update.astype(np.float64)) <= clip else -SHARE * clip)
     encoding = at(Encoding.choose(dimension + 1, joint(1.0), 0.0, 10, 0.8), clip)
     signs = random_signs(dimension + 1, seeded_stream(seed, "signs"))
     residues = encode(sent, encoding, 10, signs, seeded_stream(seed, "rounding"), seeded_stream(seed, "noise"))
