@@ -8,6 +8,7 @@ from torch import Tensor
 
 from client.local_update import compute_update
 from common.offer import Offer
+from common.privacy.adaptive_clip import with_its_bit
 from common.privacy.encoding import encode
 from common.threads import one_thread
 from common.trajectory import Trajectories
@@ -52,6 +53,8 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
         vector = np.zeros_like(vector)
     if not bool(torch.isfinite(local_user).all()):
         local_user = user
+    if offer.settings.privacy.clip_quantile:
+        vector = with_its_bit(vector, offer.clip)
     residues = encode(
         vector,
         offer.encoding,

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from client.ledger import Charge, epsilon_server
 from common.errors import Refusal, SettingsError
+from common.privacy.adaptive_clip import joint
 from common.privacy.encoding import WIDTHS
 from common.secagg.terms import Terms
 from common.settings import Settings
@@ -23,7 +24,7 @@ class Policy:
         minimum_cohort, maximum_cohort: least and largest n; a device's share of the noise falls with n.
         corrupt, dropout: γ and δ, from which thresholds and shares of the noise follow; neither more nor less.
         bits: widths of a residue that are allowed.
-        maximum_clip: largest C.
+        maximum_clip: most that a device adds: the largest C, √1.01 times that where C adapts.
         minimum_noise_multiplier: least z.
         maximum_contributions: κ, uploads in all; 0 for any number.
         hybrid: whether shares must travel under ML-KEM too.
@@ -56,7 +57,7 @@ class Policy:
             aggregation.corrupt_fraction,
             aggregation.dropout_fraction,
             (aggregation.bits,) if aggregation.bits else WIDTHS,
-            settings.privacy.clip_norm,
+            joint(settings.largest_clip) if settings.privacy.clip_quantile else settings.largest_clip,
             guard.minimum_noise_multiplier,
             guard.maximum_contributions,
             aggregation.hybrid,

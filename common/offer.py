@@ -1,6 +1,7 @@
 """What is public about one round: the server's offer, which every device checks and derives the same values from."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from common.candidates import Candidates, InBatch, draw_negatives, every_item, l
 from common.errors import ProtocolError
 from common.item_slice import ItemSlice, slice_of
 from common.model import HEADS, Parameters, check_parameters, items_in, shapes
+from common.privacy.adaptive_clip import clip_of, sent
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
@@ -43,6 +45,19 @@ class Offer:
     def warm(self) -> bool:
         """Whether the warm-up rounds are over."""
         return self.round > self.settings.objective.warmup_rounds
+
+    @property
+    def dimension(self) -> int:
+        """d, the number of the round's shared parameters."""
+        return sum(value.numel() for value in self.parameters.values())
+
+    @property
+    def clip(self) -> float:
+        """C, what updates are clipped to; inf where they are not. One value for both sides: the encoding's."""
+        privacy = self.settings.privacy
+        if math.isinf(privacy.clip_norm):
+            return math.inf
+        return clip_of(self.encoding) if privacy.clip_quantile else self.encoding.clip
 
     @cached_property
     def model(self) -> bytes:
@@ -90,10 +105,10 @@ def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Setting
     ordered = {name: arrays[name] for name in expected if name in arrays} | dict(arrays)
     parameters = {name: torch.from_numpy(array.copy()) for name, array in ordered.items()}
     check_parameters(parameters, expected)
-    dimension = sum(value.numel() for value in parameters.values())
-    if terms.encoding.dimension != dimension:
-        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {dimension}.")
     offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings, item_slice)
+    length, _ = sent(settings.privacy, offer.dimension)
+    if terms.encoding.dimension != length:
+        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {length}.")
     if offer.model != terms.model:
         raise ProtocolError("Expected the model to be the one that the round was agreed on.")
     return offer

@@ -20,6 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from common.errors import SettingsError
 
 _COUNTED = ("popularity", "in-batch")
+CLIP_RANGE = 1e4
+"""How many times larger or smaller than the first one an adaptive clip may become."""
 Head = Literal["policy", "behaviour", "frequency", "critic"]
 Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k", "direct"]
 
@@ -250,7 +252,12 @@ class PrivacySettings(_Section):
     noise_multiplier: float = Field(0.0, ge=0, allow_inf_nan=False)
     """z; 0: found from the target. Given together with a target, the run stops when the target is spent."""
     clip_norm: float = Field(1.0, gt=0)
-    """C; inf switches clipping off (only without noise, in the `central` kind)."""
+    """C, or the first one where it adapts; inf switches clipping off (only without noise, in the `central` kind)."""
+    clip_quantile: float = Field(0.0, ge=0, lt=1)
+    """γ: C goes from round to round to where this share of the updates is within it, as their noisy and charged count
+    says; 0: C is fixed."""
+    clip_learning_rate: float = Field(0.2, gt=0, allow_inf_nan=False)
+    """η: a round moves log C by η times what the share is off by."""
     group_scale: GroupScale = GroupScale()
     delta: float = Field(0.0, ge=0, lt=1)
     """δ of (ε, δ); 0: N^-1.1 for N devices."""
@@ -281,6 +288,8 @@ class GuardSettings(_Section):
     """A device does not join a larger roster: its share of the noise falls with the roster's size."""
     minimum_noise_multiplier: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least z."""
+    maximum_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Largest C of any round; 0: `privacy.clip_norm`, or 10⁴ times it where C adapts."""
     maximum_contributions: int = Field(0, ge=0)
     """κ, how often a device uploads; 0: as often as it is asked."""
     maximum_epsilon_server: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -315,6 +324,16 @@ class Settings(_Section):
         if math.isinf(self.privacy.clip_norm) and (self.private or self.aggregation.kind != "central"):
             raise ValueError(
                 "Expected privacy.clip_norm=inf only with privacy.mechanism=none and aggregation.kind=central."
+            )
+        if math.isinf(self.privacy.clip_norm) and self.privacy.clip_quantile:
+            raise ValueError(
+                f"Expected privacy.clip_norm=inf to be finite with privacy.clip_quantile={self.privacy.clip_quantile}: "
+                "it is where C begins."
+            )
+        if self.privacy.clip_norm > self.largest_clip:
+            raise ValueError(
+                f"Expected guard.maximum_clip={self.guard.maximum_clip} to be 0 or at least privacy.clip_norm="
+                f"{self.privacy.clip_norm}."
             )
         if self.aggregation.corrupt_fraction + self.aggregation.dropout_fraction >= 1 / 2:
             raise ValueError(
@@ -371,6 +390,11 @@ class Settings(_Section):
         objective = self.objective
         asked = objective.critic != "none" or objective.prior == "critic" or self.reward.source == "critic"
         return asked or objective.estimator == "direct"
+
+    @property
+    def largest_clip(self) -> float:
+        """Above which no round's C goes."""
+        return self.guard.maximum_clip or self.privacy.clip_norm * (CLIP_RANGE if self.privacy.clip_quantile else 1)
 
     @property
     def private(self) -> bool:

@@ -16,7 +16,8 @@ class CohortSum:
 
     Attributes:
         total: (d,) float64, sum of the clipped updates in the scale of `privacy.group_scale`, plus noise of exactly
-            `encoding.variance` per rotated coordinate, whatever the cohort.
+            `encoding.variance` per rotated coordinate, whatever the cohort; (d+1,) where the clip adapts, with the
+            released coordinate of :mod:`common.privacy.adaptive_clip` behind the update.
         roster, survivors: members that were asked for an update, and members that the sum is made of; known to the
             server, no part of what is released.
         bytes_up, bytes_down: sent by and to one device, if anything was sent.

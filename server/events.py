@@ -6,7 +6,7 @@ Each event's digest covers it and the digest of the one before it: :mod:`server.
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -54,6 +54,12 @@ class Head:
 
 
 START = Head(0, "0" * 64)
+
+
+def clips_of(events: Iterable[Event]) -> list[list[float]]:
+    """Rounds, each with its C, where it adapts; of a round that a crash made necessary again, the newest."""
+    rounds = {event.round or 0: event.fields for event in events if event.kind == "round"}
+    return [[number, rounds[number]["clip"]] for number in sorted(rounds) if "clip" in rounds[number]]
 
 
 class EventReader:

@@ -16,9 +16,7 @@ def model_card(report: Mapping[str, Any], settings: Settings) -> str:
     Args:
         report: of :func:`server.report.build_report`.
     """
-    return (
-        "\n".join((*_model(report, settings), *_privacy(report["privacy"]), *_quality(report), *_limits(report))) + "\n"
-    )
+    return "\n".join((*_model(report, settings), *_privacy(report), *_quality(report), *_limits(report))) + "\n"
 
 
 def _model(report: Mapping[str, Any], settings: Settings) -> Iterator[str]:
@@ -41,7 +39,8 @@ def _model(report: Mapping[str, Any], settings: Settings) -> Iterator[str]:
     yield ""
 
 
-def _privacy(privacy: Mapping[str, Any]) -> Iterator[str]:
+def _privacy(report: Mapping[str, Any]) -> Iterator[str]:
+    privacy = report["privacy"]
     yield "## Privacy"
     yield ""
     if "epsilon_model" not in privacy:
@@ -65,9 +64,21 @@ def _privacy(privacy: Mapping[str, Any]) -> Iterator[str]:
         f"Mechanism `{privacy['mechanism']}`, noise multiplier {privacy['noise_multiplier']:.4g}, clip norm "
         f"{privacy['clip_norm']:g}, {privacy['releases']} releases. Catalogue: {privacy['catalogue']}."
     )
+    if "clip" in report:
+        yield _clip(report["clip"])
     yield "That sampling amplifies Skellam noise as it does the Gaussian is assumed (docs/threat-model.md)."
     yield "`fedtopk privacy verify` recomputes both figures from the run's event log with a second accountant."
     yield ""
+
+
+def _clip(clip: Mapping[str, Any]) -> str:
+    course = clip["by_round"]
+    told = sorted({round(part * (len(course) - 1)) for part in (0, 0.25, 0.5, 0.75, 1)}) if course else []
+    by_round = ", ".join(f"{value:.4g} in round {round_}" for round_, value in (course[place] for place in told))
+    return (
+        f"The clip norm is the first one. It follows the {clip['quantile']:g} quantile of the updates' norms, by a "
+        f"noisy count that is part of every release and of both figures: {by_round or 'no round yet'}."
+    )
 
 
 def _figure(words: str, name: str, privacy: Mapping[str, Any]) -> str:

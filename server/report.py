@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from server.events import clips_of
 from server.training import Outcome, Training
 
 
@@ -30,6 +31,8 @@ def build_report(
     report["privacy"] = training.budget.statement(training.ledger.model_releases, training.ledger.attempts)
     if population:
         report["privacy"]["population"] = population
+    if quantile := training.settings.privacy.clip_quantile:
+        report["clip"] = {"quantile": quantile, "by_round": clips_of(training.events.read(kinds=["round"]))}
     if evaluation:
         report["evaluation"] = evaluation
     report["log"] = asdict(training.events.head)

@@ -19,7 +19,9 @@ from common.errors import Aborted, AggregationError, BudgetExceeded, FedtopkErro
 from common.item_slice import cut, scatter, slice_of
 from common.model import Parameters, check_parameters, group_of, items_in, unflatten
 from common.offer import Offer
+from common.privacy.adaptive_clip import AdaptiveClip, at, share_within
 from common.privacy.budget import Budget
+from common.privacy.encoding import Encoding
 from common.settings import Settings, TrainingSettings
 from common.threads import one_thread
 from server.checkpoint import Checkpoint, load_latest, save
@@ -95,6 +97,8 @@ class Training:
         self._optimizer = make_optimizer(self.settings.training, list(self._model.values()))
         self._round = self._saved = self._client_updates = self._dropouts = 0
         self._seconds = 0.0
+        self._adaptive = AdaptiveClip.of(self.settings)
+        self._clip = self.settings.privacy.clip_norm
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, or from the start where there is none.
@@ -115,6 +119,7 @@ class Training:
         self._client_updates = int(checkpoint.metadata["client_updates"])
         self._dropouts = int(checkpoint.metadata["dropouts"])
         self._seconds = float(checkpoint.metadata["seconds"])
+        self._clip = float(checkpoint.metadata.get("clip", self._clip))
         self.ledger.reconcile(checkpoint.round)
         self.events.record("resumed", self._round)
 
@@ -168,7 +173,7 @@ class Training:
             members = draw_roster(self.settings, number, self.cohort.devices)
             item_slice = slice_of(self.settings, items_in(self.current()), number)
             sliced = cut(self.current(), item_slice)
-            offer = Offer(number, attempt, sliced, self.budget.encoding, self.settings, item_slice)
+            offer = Offer(number, attempt, sliced, self._encoding(), self.settings, item_slice)
             if len(members):
                 self.ledger.uploaded(number, attempt)
             try:
@@ -181,6 +186,7 @@ class Training:
                 continue
             break
         self._step(cohort_sum, offer)
+        adapted = self._adapt(cohort_sum, offer)
         self._round = number
         self._client_updates += cohort_sum.survivors
         self._dropouts += cohort_sum.roster - cohort_sum.survivors
@@ -200,6 +206,7 @@ class Training:
             dropouts=cohort_sum.roster - cohort_sum.survivors,
             seconds=seconds,
             **{name: value for name, value in sent.items() if value is not None},
+            **adapted,
         )
         return Progress(number, self.current(), len(members), seconds, cohort_sum)
 
@@ -212,8 +219,8 @@ class Training:
         Raises :class:`AggregationError`, with the model as it was, if the step leads out of the finite numbers.
         """
         before = {name: value.detach().clone() for name, value in self._model.items()}
-        expected = self.settings.training.cohort_rate * self.cohort.devices
-        mean = torch.from_numpy(cohort_sum.total / expected).float()
+        update = cohort_sum.total[: offer.dimension]
+        mean = torch.from_numpy(update / (self._expected * self._unit(offer))).float()
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
         for name, gradient in scatter(unflatten(mean, shapes), offer.item_slice, self._model).items():
             self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
@@ -229,6 +236,29 @@ class Training:
                 f"{self.settings.training.learning_rate} or set a finite privacy.clip_norm."
             )
 
+    def _encoding(self) -> Encoding:
+        """Of the next round."""
+        return at(self.budget.encoding, self._clip) if self._adaptive else self.budget.encoding
+
+    def _unit(self, offer: Offer) -> float:
+        """C over the first one for optimisers that divide by the gradients' past size, or it would be that of another
+        C; 1 for the others (docs/decisions/adaptive-clipping.md)."""
+        by_size = self._adaptive and self.settings.training.optimizer != "sgd"
+        return offer.clip / self.settings.privacy.clip_norm if by_size else 1.0
+
+    def _adapt(self, cohort_sum: CohortSum, offer: Offer) -> dict[str, float]:
+        """Move C by what was released of it. What is to be recorded: the round's C, and the noisy share within it."""
+        if self._adaptive is None:
+            return {}
+        share = share_within(float(cohort_sum.total[-1]), offer.clip, self._expected)
+        used, self._clip = self._clip, self._adaptive.following(self._clip, share)
+        return {"clip": used, "share_within": share}
+
+    @property
+    def _expected(self) -> float:
+        """qN, members of a cohort."""
+        return self.settings.training.cohort_rate * self.cohort.devices
+
     def _checkpoint(self) -> None:
         """Write the state after the last completed round, unless it is written."""
         if self._saved == self._round:
@@ -237,6 +267,7 @@ class Training:
             "client_updates": str(self._client_updates),
             "dropouts": str(self._dropouts),
             "seconds": str(self._seconds),
+            "clip": str(self._clip),
         }
         state = self._optimizer.state_dict()
         save(self.checkpoints, Checkpoint(self._round, self.current(), state, self.cohort.state(), metadata))

@@ -28,7 +28,7 @@ its number, time, kind, round and fields, and of the digest before it; no key is
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,10 @@ from common.privacy.accounting import (
     epsilon_server,
     epsilon_server_gdp,
 )
+from common.privacy.adaptive_clip import AdaptiveClip, at
 from common.privacy.budget import ADJACENCY, OBSERVER, Spending, spendable_delta
 from common.privacy.encoding import Encoding
-from server.events import START, Event, Head, following
+from server.events import START, Event, Head, clips_of, following
 from server.ledger import Entry, LedgerReader
 from server.population_ledger import BEGUN, CHARGED, charges_of
 from server.run import MECHANISM
@@ -200,6 +201,9 @@ def _verify_run(folder: RunFolder, log: Log, table: list[Entry]) -> tuple[list[C
     same = entries == table
     checks = [Check("privacy ledger", same, "as the events say" if same else "its table is not what the events say")]
     checks.append(_settings_check(folder, log))
+    clips = clips_of(log.events)
+    if "adaptive_clip" in mechanism:
+        checks.append(_clip_check(mechanism, log, clips))
     try:
         report = json.loads(folder.report_file.read_text(encoding="utf-8"))
         head, claimed = Head(**report["log"]), report["privacy"]
@@ -211,7 +215,27 @@ def _verify_run(folder: RunFolder, log: Log, table: list[Entry]) -> tuple[list[C
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [*checks, Check("report", False, f"report.json cannot be read: {error!r}")], figures
     checks.append(covers(log, head, "report.json"))
+    if clips and report["clip"]["by_round"] != clips:
+        checks.append(Check("clip by round", False, "the report's are not those of the events"))
     return [*checks, *compare(claimed, figures)], figures
+
+
+def _clip_check(mechanism: Mapping[str, Any], log: Log, clips: Sequence[Sequence[float]]) -> Check:
+    """Whether each round's C follows from what the round before released, under noise that is enough for it."""
+    adaptive, first = AdaptiveClip(**mechanism["adaptive_clip"]), Encoding(**mechanism["encoding"])
+    due, wrong = {0: adaptive.first}, []
+    for event in log.events:
+        if event.kind == "round":
+            round_, clip, share = int(event.round or 0), event.fields["clip"], event.fields["share_within"]
+            # What was due is not known where a crash came between a release and its event.
+            follows = _near(clip, due.get(round_ - 1, clip))
+            if not follows or at(first, clip).sensitivity > first.sensitivity:
+                wrong.append(round_)
+            due[round_] = adaptive.following(clip, share)
+    words = f"C followed the {adaptive.quantile:g} quantile for {len(clips)} rounds"
+    if clips:
+        words += f", from {clips[0][1]:.4g} to {clips[-1][1]:.4g}"
+    return Check("clip", not wrong, f"C of round {wrong[0]} is not what the one before released" if wrong else words)
 
 
 def covers(log: Log, head: Head, what: str) -> Check:

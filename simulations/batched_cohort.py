@@ -30,6 +30,7 @@ from common.errors import AggregationError
 from common.model import Parameters, flatten, items_in, unflatten
 from common.objective import histogram
 from common.offer import Offer
+from common.privacy.adaptive_clip import SHARE, clip_of, within
 from common.privacy.clipping import clip_factor
 from common.privacy.encoding import release_central
 from common.settings import ObjectiveSettings
@@ -105,8 +106,11 @@ class BatchedCohort:
         return CohortSum(release(offer, fixed), len(members), len(members), simulation_metrics=metrics)
 
     def clipped_sum(self, offer: Offer, members: np.ndarray) -> tuple[np.ndarray, dict[str, float | list[float]]]:
-        """(d,) int64 the members' clipped sum in fixed point, before noise, and the means of their metrics."""
-        fixed = np.zeros(sum(value.numel() for value in offer.parameters.values()), np.int64)
+        """(d,) int64 the members' clipped sum in fixed point, before noise, and the means of their metrics.
+
+        (d+1,) where C adapts, as all sums here: the last is how many norms were within C less how many were not.
+        """
+        fixed = np.zeros(offer.encoding.dimension, np.int64)
         blocks = list(self._compute(offer, members, fixed))
         for block in blocks:
             self._population.users[torch.from_numpy(block.devices)] = block.local_users
@@ -136,7 +140,7 @@ def fixed_point_scale(clip_norm: float) -> float:
 
 def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray) -> Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
-    settings, clip = offer.settings, offer.settings.privacy.clip_norm
+    settings, clip = offer.settings, offer.clip
     update = compute_update(settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice)
     norms = add_clipped(offer, update.gradients, fixed)
     metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms, "norms": _norm_bin(norms, clip)}
@@ -144,20 +148,23 @@ def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, user
 
 
 def add_clipped(offer: Offer, gradients: Gradients, fixed: np.ndarray) -> Tensor:
-    """Add the devices' gradients, each clipped to C, to `fixed` (d,) int64; returns (B,) their norms."""
-    clip = offer.settings.privacy.clip_norm
+    """Add the devices' gradients, each clipped to C, to `fixed` (d,) int64, and where C adapts what they say of it;
+    returns (B,) their norms."""
+    clip = offer.clip
     norms = gradients.norms()
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(offer, "a device's gradient is not finite")
     total = gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
-    if not kernels.add_fixed(total, fixed_point_scale(clip), fixed):
+    if not kernels.add_fixed(total, fixed_point_scale(clip), fixed[: len(total)]):
         raise _diverged(offer, f"a sum reaches {float(total.abs().max()) * fixed_point_scale(clip):.3g} of 2^51 units")
+    if offer.settings.privacy.clip_quantile:
+        fixed[-1] += round(SHARE * clip_of(offer.encoding) * fixed_point_scale(clip)) * within(norms, clip).sum()
     return norms
 
 
 def release(offer: Offer, fixed: np.ndarray) -> np.ndarray:
     """(d,) float64 what is released of a fixed-point sum: with noise, unless the run is without."""
-    total = fixed / fixed_point_scale(offer.settings.privacy.clip_norm)
+    total = fixed / fixed_point_scale(offer.clip)
     if offer.settings.private:
         return release_central(total, offer.encoding, offer.signs, offer.stream("central"))
     return np.asarray(total)
@@ -218,7 +225,7 @@ class _Pool:
     def _start(self, offer: Offer) -> None:
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
         self._shared = _shared(flatten(offer.parameters))
-        self._sums = _shared(torch.zeros(self._workers, len(self._shared), dtype=torch.int64))
+        self._sums = _shared(torch.zeros(self._workers, offer.encoding.dimension, dtype=torch.int64))
         context = multiprocessing.get_context("spawn")
         slots = context.SimpleQueue()
         for slot in range(self._workers):

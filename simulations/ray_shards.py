@@ -83,5 +83,5 @@ def _shard(light: Offer, parameters: dict[str, np.ndarray], jobs: Sequence[Job])
     keep_freed_memory()
     shared: Parameters = {name: torch.from_numpy(value.copy()) for name, value in parameters.items()}
     offer = replace(light, parameters=shared)
-    fixed = np.zeros(sum(value.numel() for value in shared.values()), np.int64)
+    fixed = np.zeros(offer.encoding.dimension, np.int64)
     return fixed, [compute_block(offer, *job, fixed) for job in jobs]

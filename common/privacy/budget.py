@@ -16,6 +16,7 @@ from common.privacy.accounting import (
     releases_within,
     threshold_delta,
 )
+from common.privacy.adaptive_clip import AdaptiveClip, sent
 from common.privacy.encoding import Encoding
 from common.settings import Settings
 
@@ -100,7 +101,7 @@ class Budget:
         devices: N.
         noise_multiplier: z, the standard deviation of the released noise in units of the sensitivity; 0 for none.
         delta: δ of both figures.
-        encoding: clip, rounding and noise as numbers.
+        encoding: clip, rounding and noise as numbers, of the first round where the clip adapts.
         account: what both figures follow from; None without noise.
         allowed_releases: how many rounds the target permits, at most those of the settings; None without noise.
         others: what other runs over the same population have spent, which the target counts in.
@@ -133,6 +134,8 @@ class Budget:
         """
         privacy = self.settings.privacy
         clip = {} if math.isinf(privacy.clip_norm) else {"clip_norm": privacy.clip_norm}
+        if privacy.clip_quantile:
+            clip |= {"clip_quantile": privacy.clip_quantile}
         statement: dict[str, Any] = {"unit": "user", "mechanism": privacy.mechanism} | clip
         if self.account is None:
             return statement
@@ -165,7 +168,8 @@ class Budget:
     def mechanism(self) -> dict[str, Any]:
         """All that the figures follow from, beside the entries of the ledger: for the event log."""
         privacy = self.settings.privacy
-        return {
+        adaptive = AdaptiveClip.of(self.settings)
+        return ({"adaptive_clip": asdict(adaptive)} if adaptive else {}) | {
             "unit": "user",
             "mechanism": privacy.mechanism,
             "devices": self.devices,
@@ -208,9 +212,10 @@ def make_budget(
                 others.history,
             )
         )
+    length, bound = sent(privacy, dimension)
     encoding = Encoding.choose(
-        dimension,
-        privacy.clip_norm if math.isfinite(privacy.clip_norm) else 1.0,  # unclipped sums are never encoded
+        length,
+        bound if math.isfinite(bound) else 1.0,  # unclipped sums are never encoded
         multiplier,
         cohort=training.cohort_rate * devices,
         honest=1 - aggregation.corrupt_fraction - aggregation.dropout_fraction,

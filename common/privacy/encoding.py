@@ -57,9 +57,9 @@ class Encoding:
     """What clipping, noise, wire format and ledger must agree on. Raises :class:`PrivacyError` out of range."""
 
     dimension: int
-    """d ≥ 1, coordinates of an update before padding."""
+    """d ≥ 1, coordinates of what a user sends, before padding: an update, and what is charged with it."""
     clip: float
-    """C > 0, finite: bound on the L2 norm of one user's update."""
+    """C > 0, finite: bound on the L2 norm of all that one user sends."""
     scale: float
     """s > 0: integer units in one unit of the update."""
     bits: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from common.privacy.adaptive_clip import share_noise
 from server.dashboard.course import Course
 from server.dashboard.panels import ess_shares
 
@@ -82,7 +83,9 @@ def _of_learning(course: Course) -> Iterator[str]:
                 f"objective.weight_cap={objective.weight_cap:g}."
             )
     recent = list(course.simulation.values())[-_RECENT:]
-    clipped = [float(row["clipped"]) for row in recent if "clipped" in row]
+    yield from _of_clip(course)
+    fixed = not course.settings.privacy.clip_quantile
+    clipped = [float(row["clipped"]) for row in recent if "clipped" in row and fixed]
     if clipped and sum(clipped) / len(clipped) > 0.99:
         yield (
             f"Nearly every update is clipped to privacy.clip_norm={course.settings.privacy.clip_norm:g}: all count "
@@ -93,3 +96,17 @@ def _of_learning(course: Course) -> Iterator[str]:
             f"No update reaches privacy.clip_norm={course.settings.privacy.clip_norm:g}: a lower clip brings less "
             "noise at the same ε."
         )
+
+
+def _of_clip(course: Course) -> Iterator[str]:
+    settings, clip = course.settings, course.latest(course.rounds).get("clip")
+    if clip is None:
+        return
+    off = share_noise(course.opened["noise_multiplier"], settings.training.cohort_rate * course.opened["devices"])
+    if off > 1:
+        yield (
+            f"The clip follows noise: its count of updates is off by {off:.1f} cohorts a round; raise "
+            "training.cohort_rate, or lower privacy.clip_learning_rate."
+        )
+    if clip >= settings.largest_clip:
+        yield f"The clip has reached {clip:g}, the largest that devices accept: raise guard.maximum_clip."

@@ -21,6 +21,7 @@ _LOSSES = {
     "frequency_loss": ("Behaviour (β) loss, by frequency", "cross-entropy, nats"),
     "critic_loss": ("Critic loss", "cross-entropy, nats"),
 }
+_RELEASED = "a noisy count, released with every sum and charged with it"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def panels(course: Course, spending: Spending) -> dict[str, list[Panel]]:
         "cohort": [_cohort(course), _speed(course)],
         "secagg": _secagg(course),
         "learning": [*_losses(course), _value(course), _ess(course)],
-        "weights": [*_histograms(course), _clipped(course)],
+        "weights": [*_histograms(course), _clipped(course), *_clip(course)],
         "accuracy": [*_accuracy(course), _coverage(course), _popularity(course)],
     }
 
@@ -190,11 +191,21 @@ def _histograms(course: Course) -> list[Panel]:
 
 
 def _clipped(course: Course) -> Panel:
+    if not course.simulation and course.rounds and course.settings.privacy.clip_quantile:
+        rows = {round_: {"clipped": 100 * (1 - row["share_within"])} for round_, row in course.rounds.items()}
+        return _chart("clipped", "Clipped updates", "% of the updates", rows, {"clipped": "clipped"}, _RELEASED)
     if not course.simulation:
         return Missing("clipped", "Clipped updates", _absent(course, "no round is completed yet"))
     rounds, shares = series(course.simulation, "clipped")
     line = Line("clipped", rounds, 100 * shares)
     return Chart("clipped", "Clipped updates", "% of the updates", (line,), note=f"{SIMULATION.capitalize()}.")
+
+
+def _clip(course: Course) -> Iterable[Panel]:
+    """The course of a clip that has one."""
+    if course.settings.privacy.clip_quantile and course.rounds:
+        note = f"follows the {course.settings.privacy.clip_quantile:g} quantile of the norms; {_RELEASED}"
+        yield _chart("clip", "Clip norm C", "norm", course.rounds, {"C": "clip"}, note)
 
 
 def _accuracy(course: Course) -> list[Panel]:

@@ -129,7 +129,8 @@ class _CanariedCohort:
         drawn = drawn[self._canaries.present[drawn]]
         reach = EXCESS * offer.encoding.clip
         values = torch.from_numpy(reach * self._canaries.signs[drawn]).float()
-        add_clipped(offer, _CanaryGradients(torch.from_numpy(self._canaries.places[drawn]), values, len(fixed)), fixed)
+        places = torch.from_numpy(self._canaries.places[drawn])
+        add_clipped(offer, _CanaryGradients(places, values, offer.dimension), fixed)
         return CohortSum(release(offer, fixed), len(members), len(members))
 
 

@@ -19,6 +19,7 @@ from client.device import participate
 from client.local_update import compute_update
 from common.model import flatten, initialise
 from common.offer import Offer
+from common.privacy.adaptive_clip import sent
 from common.privacy.encoding import Encoding, decode
 from common.secagg import member
 from common.secagg.advertisement import Advertisement
@@ -59,9 +60,10 @@ def audit_payload(system: System, seed: int, error: float, mask: Callable[[Masks
     population = system.population()
     devices = np.flatnonzero(system.histories.lengths() > 1)[:DEVICES]
     aggregation, n = settings.aggregation, len(devices)
+    length, bound = sent(settings.privacy, len(flatten(parameters)))
     encoding = Encoding.choose(
-        len(flatten(parameters)),
-        settings.privacy.clip_norm,
+        length,
+        bound,
         settings.privacy.noise_multiplier,
         n,
         1 - aggregation.corrupt_fraction - aggregation.dropout_fraction,
@@ -91,7 +93,10 @@ def audit_payload(system: System, seed: int, error: float, mask: Callable[[Masks
     sizes, total = [len(own) for own in read], sum(len(own) for own in read)
     chance = sum(size**2 for size in sizes) / items / total
     hits, raw = (
-        sum(_hits(items_moved(vector, settings, items), own) for vector, own in zip(vectors, read, strict=True))
+        sum(
+            _hits(items_moved(vector[: offer.dimension], settings, items), own)
+            for vector, own in zip(vectors, read, strict=True)
+        )
         for vectors in (received, updates)
     )
     p_value = hits_p_value(hits, sizes, items)

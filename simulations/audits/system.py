@@ -126,7 +126,7 @@ class Seen:
 
     Attributes:
         offer: with the round's model.
-        total: (d,) the released sum, in units of C.
+        total: (d,) the released sum of updates, in units of the most that one user adds: C, or √1.01·C where C adapts.
         of_nobody: runs the public code once more, for an empty cohort, and gives what that releases.
         members: who was drawn. Not seen; it is what attacks are judged by.
     """
@@ -197,14 +197,14 @@ class _Watched(_Around):
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         released = self._cohort.sum_updates(offer, members)
-        self._watch(
-            Seen(
-                offer,
-                released.total / offer.settings.privacy.clip_norm,
-                lambda: self._cohort.sum_updates(offer, members[:0]).total / offer.settings.privacy.clip_norm,
-                members,
-            )
-        )
+
+        def update_of(total: np.ndarray) -> np.ndarray:
+            return np.asarray(total[: offer.dimension] / offer.encoding.clip)
+
+        def of_nobody() -> np.ndarray:
+            return update_of(self._cohort.sum_updates(offer, members[:0]).total)
+
+        self._watch(Seen(offer, update_of(released.total), of_nobody, members))
         return released
 
 

@@ -1,12 +1,14 @@
 """A device's encoded update is the same from either path, and the plain sum is the sum of the batched one."""
 
 import numpy as np
+import pytest
 import torch
 
 from client.device import participate
 from client.local_update import compute_update
 from common.model import initialise
 from common.offer import Offer
+from common.privacy.adaptive_clip import sent
 from common.privacy.encoding import Encoding, encode
 from common.settings import load_settings
 from simulations.batched_cohort import BatchedCohort
@@ -54,15 +56,23 @@ def test_one_device_encodes_the_same_from_either_path() -> None:
     assert different <= 1e-4 * coordinates
 
 
-def test_plain_and_central_sum_the_same_updates() -> None:
-    """Without noise they differ by rounding alone."""
-    silent = load_settings(None, ["privacy.mechanism=none", "objective.negatives=50", "training.window=30"])
+@pytest.mark.parametrize("quantile", [0.0, 0.5])
+def test_plain_and_central_sum_the_same_updates(quantile: float) -> None:
+    """Without noise they differ by rounding alone; what they say of an adaptive clip is of the same devices."""
+    words = ["privacy.mechanism=none", "objective.negatives=50", "training.window=30", "privacy.clip_norm=2.1"]
+    silent = load_settings(None, [*words, f"privacy.clip_quantile={quantile}"])
     sums, users = [], []
     for central, kind in ((True, BatchedCohort), (False, PlainCohort)):
         round_ = offer(noise_multiplier=0.0, central=central)
-        round_ = Offer(round_.round, 1, round_.parameters, round_.encoding, silent)
+        length, bound = sent(silent.privacy, round_.dimension)
+        encoding = Encoding.choose(length, bound, 0.0, cohort=USERS, honest=0.8, central=central)
+        round_ = Offer(round_.round, 1, round_.parameters, encoding, silent)
         people = population()
         sums.append(kind(people).sum_updates(round_, np.arange(USERS)).total)
         users.append(people.users)
     assert np.linalg.norm(sums[0] - sums[1]) <= 1e-4 * np.linalg.norm(sums[0])
     torch.testing.assert_close(users[0], users[1], rtol=1e-5, atol=1e-6)
+    if quantile:
+        within = sums[0][-1] / (0.1 * 2.1)
+        assert within == pytest.approx(round(within), abs=1e-6) and abs(within) < USERS
+        assert sums[1][-1] / (0.1 * 2.1) == pytest.approx(within, abs=1e-2)

@@ -6,32 +6,37 @@ import torch
 
 from common.model import initialise
 from common.offer import Offer
+from common.privacy.adaptive_clip import sent
 from common.privacy.encoding import Encoding
-from common.settings import load_settings
+from common.settings import Settings, load_settings
 from simulations.batched_cohort import BatchedCohort
 from simulations.datasets.synthetic import synthetic
 from simulations.population import Population
 
-SETTINGS = load_settings(None, ["privacy.randomness=seeded", "objective.negatives=50", "training.window=20"])
+SHORT = ["privacy.randomness=seeded", "objective.negatives=50", "training.window=20"]
+SETTINGS, ADAPTIVE = (load_settings(None, [*SHORT, f"privacy.clip_quantile={quantile}"]) for quantile in (0.0, 0.5))
 
 
-def released(workers: int, members: np.ndarray, rounds: int = 2) -> tuple[list[bytes], bytes]:
+def released(settings: Settings, workers: int, members: np.ndarray, rounds: int = 2) -> tuple[list[bytes], bytes]:
     """What the cohort releases in each round, and the private states after them."""
     interactions, _ = synthetic(800, 100, seed=3)
-    population = Population(SETTINGS, interactions)
-    parameters = initialise(SETTINGS, 100, torch.Generator().manual_seed(1))
-    dimension = sum(value.numel() for value in parameters.values())
-    encoding = Encoding.choose(dimension, 1.0, 1.0, cohort=600, honest=0.8, central=True)
+    population = Population(settings, interactions)
+    parameters = initialise(settings, 100, torch.Generator().manual_seed(1))
+    sent_ = sent(settings.privacy, sum(value.numel() for value in parameters.values()))
+    encoding = Encoding.choose(*sent_, 1.0, cohort=600, honest=0.8, central=True)
     with BatchedCohort(population, workers) as cohort:
         sums = [
-            cohort.sum_updates(Offer(number, 1, parameters, encoding, SETTINGS), members)
+            cohort.sum_updates(Offer(number, 1, parameters, encoding, settings), members)
             for number in range(1, rounds + 1)
         ]
     return [cohort_sum.total.tobytes() for cohort_sum in sums], population.users.numpy().tobytes()
 
 
-@pytest.mark.parametrize("members", [np.arange(0, 800, 2), np.array([7])])
-def test_any_number_of_processes_gives_the_same_integers(members: np.ndarray) -> None:
-    one = released(1, members)
-    assert released(2, members) == one
-    assert released(3, members) == one
+@pytest.mark.parametrize(
+    ("settings", "members"),
+    [(ADAPTIVE, np.arange(0, 800, 2)), (SETTINGS, np.array([7]))],
+)
+def test_any_number_of_processes_gives_the_same_integers(settings: Settings, members: np.ndarray) -> None:
+    one = released(settings, 1, members)
+    assert released(settings, 2, members) == one
+    assert released(settings, 3, members) == one

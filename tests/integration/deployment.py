@@ -27,7 +27,12 @@ from simulations.simulate import load_split
 DEVICES = 4
 SETTINGS = {
     key: value for key, value in TINY.items() if key.startswith(("data.source", "data.items", "model.", "objective."))
-} | {"privacy.randomness": "seeded", "privacy.delta": 1e-4, "training.checkpoint_every": 1}
+} | {
+    "privacy.randomness": "seeded",
+    "privacy.delta": 1e-4,
+    "training.checkpoint_every": 1,
+    "privacy.clip_quantile": 0.5,
+}
 """Of fleets and deployments here, with what `fedtopk fleet` sets."""
 
 Process = subprocess.Popen[bytes]

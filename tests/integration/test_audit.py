@@ -100,6 +100,16 @@ def test_a_broken_system_contradicts_the_claimed_epsilon(name: str) -> None:
     assert found.lower_bound > found.limit > 0
 
 
+def test_an_adaptive_clip_is_audited_in_its_own_units() -> None:
+    """From a first C far above all norms, so that it moves, in a round's units of what one user adds to it."""
+    changes = {"privacy.clip_quantile": 0.5, "privacy.clip_norm": 50.0, "privacy.clip_learning_rate": 1.0}
+    adaptive = repetition(settings_with(**changes), 2.0, SIZE)
+    found = {finding.name: finding for finding in audit_canaries(adaptive, SIZE.canaries, 0)}
+    assert not failed(found) and found["noise"].value == pytest.approx(1, abs=0.03)
+    flawed = audit_canaries(replace(adaptive, flaw=BROKEN["clip off"]), SIZE.canaries, 0)
+    assert "contribution" in failed({finding.name: finding for finding in flawed})
+
+
 def test_no_claim_above_the_largest_bound_can_be_contradicted() -> None:
     details = canaries_of(BROKEN["clip off"], 0)["canaries"]
     assert details.lower_bound <= details.details["largest_bound"] < np.log(SIZE.canaries)
@@ -189,7 +199,7 @@ def test_a_stop_leaves_no_half_attack() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("audited") / "run"
-    simulate(out, privacy__randomness="system")
+    simulate(out, privacy__randomness="system", privacy__clip_quantile=0.5)
     return out
 
 

@@ -15,7 +15,7 @@ from running import FEDTOPK, TINY, arguments, fedtopk
 from server.ledger import LedgerReader
 from server.store import open_store_read_only
 
-LONG = TINY | {"training.rounds": 160, "training.checkpoint_every": 7}
+LONG = TINY | {"training.rounds": 160, "training.checkpoint_every": 7, "privacy.clip_quantile": 0.5}
 
 
 @contextmanager
@@ -84,6 +84,8 @@ def test_killed_twice_and_resumed_gives_the_uninterrupted_model(tmp_path: Path, 
     whole = json.loads((uninterrupted / "report.json").read_text())
     assert report["evaluation"] == whole["evaluation"]
     assert report["client_updates"] == whole["client_updates"]
+    clips = [dict(of["clip"]["by_round"]) for of in (report, whole)]
+    assert clips[0].items() <= clips[1].items() and clips[0][160] == clips[1][160] != clips[1][1]
 
 
 def test_lost_rounds_with_real_noise_are_charged_again(tmp_path: Path) -> None:

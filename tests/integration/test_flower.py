@@ -35,6 +35,7 @@ SHARED = TINY | {
     "training.cohort_rate": 1.0,
     "aggregation.kind": "secure",
     "aggregation.dropout_fraction": 0.2,
+    "privacy.clip_quantile": 0.5,
 }
 """Settings of both runs; a device's state carries over from round to round."""
 
@@ -154,6 +155,8 @@ def test_a_real_run_with_lost_uploads_ends_in_the_bit_identical_model(tmp_path: 
     assert (run / "model.safetensors").read_bytes() == (tmp_path / "plain-run/model.safetensors").read_bytes()
 
     report = json.loads((run / "report.json").read_text())
+    clips = [clip for _, clip in report["clip"]["by_round"]]
+    assert len(clips) == len(set(clips)) == 3 and clips[0] == 1.0
     assert (report["status"], report["rounds"], report["devices"]) == ("finished", 3, 10)
     assert report["client_updates"] == 26
     assert report["aggregation"]["dropouts"] == 4

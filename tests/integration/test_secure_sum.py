@@ -18,6 +18,7 @@ from common.item_slice import cut, slice_of
 from common.messages import run_digest
 from common.model import initialise
 from common.offer import Offer
+from common.privacy.adaptive_clip import sent
 from common.privacy.encoding import Encoding, add_residues
 from common.settings import Settings, load_settings
 from server.cohort import release
@@ -54,8 +55,8 @@ def offer_of(settings: Settings = SETTINGS, round_: int = 3, attempt: int = 1) -
     items = len(load(settings.data, seed=settings.training.seed).catalogue)
     item_slice = slice_of(settings, items, round_)
     parameters = cut(initialise(settings, items, torch.Generator().manual_seed(1)), item_slice)
-    dimension = sum(value.numel() for value in parameters.values())
-    encoding = Encoding.choose(dimension, 1.0, 1.0, cohort=N, honest=0.7, bits=settings.aggregation.bits)
+    length, bound = sent(settings.privacy, sum(value.numel() for value in parameters.values()))
+    encoding = Encoding.choose(length, bound, 1.0, cohort=N, honest=0.7, bits=settings.aggregation.bits)
     return Offer(round_, attempt, parameters, encoding, settings, item_slice)
 
 
@@ -144,12 +145,15 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
 
 
 SLICED = {"objective__slice_items": 20, "model__input_rows": 16}
+ADAPTIVE = {"privacy__clip_quantile": 0.5}
 
 
 @pytest.mark.parametrize(
-    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED]
+    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED, ADAPTIVE]
 )
-def test_other_widths_the_hybrid_channel_and_slices(change: dict[str, object], population: Population) -> None:
+def test_other_widths_the_hybrid_channel_slices_and_adaptive_clips(
+    change: dict[str, object], population: Population
+) -> None:
     settings = settings_with(**change)
     offer = offer_of(settings)
     cohort, _, _ = secure(lambda kind, node: (kind, node) == ("train.upload", 4), settings)

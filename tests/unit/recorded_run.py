@@ -19,10 +19,14 @@ BOUNDS = {
 }
 
 
-def write_run(out: Path, rounds: int, devices: int = 1_000_000, kind: str = "central", title: str = "") -> Path:
-    """A finished simulation's folder; with `kind` secure, a deployment's with five stages a round."""
+def write_run(
+    out: Path, rounds: int, devices: int = 1_000_000, kind: str = "central", title: str = "", quantile: float = 0.0
+) -> Path:
+    """A finished simulation's folder; with `kind` secure, a deployment's with five stages a round; with a `quantile`,
+    of a clip that adapts."""
     folder = RunFolder(out)
     overrides = [f"training.rounds={rounds}", "training.cohort_rate=0.01", f"aggregation.kind={kind}"]
+    overrides.append(f"privacy.clip_quantile={quantile}")
     settings = load_settings(None, overrides + ([f'data.path="{title}"'] if title else []))
     rows: list[tuple[str, int | None, dict[str, Any]]] = []
 
@@ -57,7 +61,8 @@ def write_run(out: Path, rounds: int, devices: int = 1_000_000, kind: str = "cen
                 bytes_up=10**8,
                 bytes_down=10**7,
             )
-        record("round", round_, attempt=1, members=drawn, survivors=drawn - 3, dropouts=3, seconds=2 + slow)
+        clip = {"clip": slow, "share_within": 1 - slow} if quantile else {}
+        record("round", round_, attempt=1, members=drawn, survivors=drawn - 3, dropouts=3, seconds=2 + slow, **clip)
         if kind != "secure":
             histograms = {name: [slow] * (len(bounds) - 1) for name, bounds in BOUNDS.items()}
             record(

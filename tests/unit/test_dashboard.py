@@ -127,6 +127,17 @@ def test_figures_of_devices_are_not_released(recorded: Path) -> None:
     assert not isinstance(found["stages"], Missing) and not isinstance(found["bytes"], Missing)
 
 
+def test_what_an_adaptive_clip_releases_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 8, devices=1000, kind="secure", quantile=0.5)
+    drawn = parts_of(folder)
+    assert drawn["panels"]["clip"]["option"]["series"][0]["data"][0] == [1, 0.8825]
+    for id_ in ("clip", "clipped"):
+        assert "A noisy count, released with every sum" in drawn["panels"][id_]["note"].replace(
+            "; a noisy", ". A noisy"
+        )
+    assert "at first, then the 0.5 quantile of the norms" in drawn["html"]["privacy"]
+
+
 def test_figures_of_a_simulation_are_marked(recorded: Path) -> None:
     drawn = parts_of(recorded / "simulation")["panels"]
     for id_ in ("policy_loss", "behaviour_loss", "critic_loss", "ess", "weights", "multipliers", "norms", "clipped"):

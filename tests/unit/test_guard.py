@@ -32,6 +32,7 @@ from common.item_slice import cut, rows_digest, slice_of
 from common.messages import advertisement_of, body_of, content_of, model_bytes, run_digest
 from common.model import initialise
 from common.offer import Offer
+from common.privacy.adaptive_clip import joint, sent
 from common.privacy.encoding import Encoding
 from common.secagg import member
 from common.secagg.advertisement import Advertisement
@@ -57,6 +58,8 @@ TINY = (
 )
 SETTINGS = load_settings(None, TINY)
 POLICY = replace(Policy.of(SETTINGS), minimum_cohort=3, maximum_cohort=50, minimum_noise_multiplier=0.9)
+
+ADAPTIVE = load_settings(None, [*TINY, "privacy.clip_quantile=0.5", "guard.maximum_clip=2"])
 
 
 @dataclass
@@ -97,8 +100,8 @@ class World:
         return reply.error.reason if reply.has_error() else ""
 
     def offer(self) -> Terms:
-        dimension = sum(value.numel() for value in self.parameters.values())
-        encoding = replace(Encoding.choose(dimension, 1.0, 1.0, N, 0.8), **self.encoding)
+        length, bound = sent(self.settings.privacy, sum(value.numel() for value in self.parameters.values()))
+        encoding = replace(Encoding.choose(length, bound, 1.0, N, 0.8), **self.encoding)
         model = Offer(3, 1, self.parameters, encoding, self.settings, self.item_slice).model
         values: dict[str, Any] = {"round": 3, "attempt": 1, "n": N, "corrupt": 0.1, "dropout": 0.1, "hybrid": False}
         return Terms(**values | {"encoding": encoding, "model": model} | self.terms)
@@ -161,6 +164,10 @@ OFFERS: dict[str, tuple[dict[str, Any], str]] = {
     "another δ": ({"terms": {"dropout": 0.15}}, "dropout_fraction=0.15 to be 0.1"),
     "another width": ({"policy": replace(POLICY, bits=(32,))}, r"bits=\d+ to be in \(32,\)"),
     "a larger clip": ({"policy": replace(POLICY, maximum_clip=0.5)}, r"clip_norm=1.0 ≤ 0.5"),
+    "a clip that has grown": (
+        {"settings": ADAPTIVE, "policy": Policy.of(ADAPTIVE), "encoding": {"clip": joint(2.001), "scale": 1.0}},
+        r"clip_norm=2.01\d* ≤ 2.00997",
+    ),
     "less noise": ({"policy": replace(POLICY, minimum_noise_multiplier=1.5)}, "noise_multiplier=1 ≥ 1.5"),
     "no noise": ({"encoding": {"variance": 0.0}}, "noise_multiplier=0 ≥ 0.9"),
     "a smaller share of the noise": ({"encoding": {"honest": 1.0}}, "honest=1.0 to be 0.8"),

@@ -48,6 +48,13 @@ def test_what_protects_nobody_is_said() -> None:
     assert "No noise was added" in card and "| ε_model" not in card
 
 
+def test_the_course_of_an_adaptive_clip_is_told() -> None:
+    settings = load_settings(None, ["privacy.noise_multiplier=2.0", "privacy.clip_quantile=0.5"])
+    made = report(settings, clip={"quantile": 0.5, "by_round": [[1, 100.0], [2, 30.0], [3, 7.0]]})
+    assert "the 0.5 quantile of" in model_card(made, settings)
+    assert "100 in round 1, 30 in round 2, 7 in round 3." in model_card(made, settings)
+
+
 def test_quality_stands_beside_popularity() -> None:
     settings = load_settings(None, ["privacy.noise_multiplier=2.0"])
     rows = {"popularity": QUALITY, "markov": QUALITY}

@@ -152,6 +152,9 @@ BAD = {
     "privacy.target_epsilon=nan": "Expected privacy.target_epsilon=nan: input should be a finite number.",
     "privacy.clip_norm=-1": "Expected privacy.clip_norm=-1: input should be greater than 0.",
     "privacy.clip_norm=nan": "Expected privacy.clip_norm=nan: input should be greater than 0.",
+    "privacy.clip_quantile=1": "Expected privacy.clip_quantile=1: input should be less than 1.",
+    "privacy.clip_learning_rate=0": "Expected privacy.clip_learning_rate=0: input should be greater than 0.",
+    "guard.maximum_clip=0.5": "Expected guard.maximum_clip=0.5 to be 0 or at least privacy.clip_norm=1.0.",
     "privacy.delta=1": "Expected privacy.delta=1: input should be less than 1.",
     "privacy.noise_multiplier=inf": "Expected privacy.noise_multiplier=inf: input should be a finite number.",
     "objective.slate_size=0": "Expected objective.slate_size=0: input should be greater than or equal to 1.",
@@ -195,6 +198,7 @@ def test_no_clip_needs_no_noise_and_the_central_kind() -> None:
     assert load_settings(None, unclipped).privacy.clip_norm == math.inf
     for kind in ("plain", "secure"):
         assert failure(*unclipped, f"aggregation.kind={kind}") == BAD["privacy.clip_norm=inf"]
+    assert failure(*unclipped, "privacy.clip_quantile=0.5").endswith("clip_quantile=0.5: it is where C begins.")
 
 
 def test_key_below_a_value_is_refused() -> None:
