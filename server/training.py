@@ -20,6 +20,7 @@ from common.item_slice import cut, scatter, slice_of
 from common.model import Parameters, check_parameters, group_of, items_in, unflatten
 from common.offer import Offer
 from common.privacy.budget import Budget
+from common.privacy.tree import CorrelatedNoise
 from common.settings import Settings, TrainingSettings
 from common.threads import one_thread
 from server.checkpoint import Checkpoint, load_latest, save
@@ -79,6 +80,7 @@ class Training:
         budget: the mechanism.
         ledger, events, controls: opened in the run folder.
         checkpoints: folder of the checkpoints.
+        noise: that the server adds, where it is the server's; its key is erased once no round is left to be noised.
     """
 
     settings: Settings
@@ -89,6 +91,7 @@ class Training:
     events: Events
     controls: Controls
     checkpoints: Path
+    noise: CorrelatedNoise | None = None
 
     def __post_init__(self) -> None:
         self._model = {name: torch.nn.Parameter(value.clone()) for name, value in self.parameters.items()}
@@ -145,6 +148,8 @@ class Training:
         self._checkpoint()
         self.controls.refuse("the run had ended", self._round)
         self.events.record(status, self._round, reason=reason)
+        if self.noise is not None and status != "stopped":
+            self.noise.end()
         return Outcome(
             status,
             reason,
@@ -168,7 +173,8 @@ class Training:
             members = draw_roster(self.settings, number, self.cohort.devices)
             item_slice = slice_of(self.settings, items_in(self.current()), number)
             sliced = cut(self.current(), item_slice)
-            offer = Offer(number, attempt, sliced, self.budget.encoding, self.settings, item_slice)
+            noise = None if self.noise is None else self.noise.of(number)
+            offer = Offer(number, attempt, sliced, self.budget.encoding, self.settings, item_slice, noise)
             if len(members):
                 self.ledger.uploaded(number, attempt)
             try:
@@ -184,7 +190,8 @@ class Training:
         self._round = number
         self._client_updates += cohort_sum.survivors
         self._dropouts += cohort_sum.roster - cohort_sum.survivors
-        if number % self.settings.training.checkpoint_every == 0:
+        # A round with correlated noise must not be released twice: none is that no checkpoint holds.
+        if self.noise is not None or number % self.settings.training.checkpoint_every == 0:
             self._checkpoint()
         # Until here only this process has seen the new model; from here on it counts as released.
         self.ledger.released(number, attempt)
@@ -212,7 +219,7 @@ class Training:
         Raises :class:`AggregationError`, with the model as it was, if the step leads out of the finite numbers.
         """
         before = {name: value.detach().clone() for name, value in self._model.items()}
-        expected = self.settings.training.cohort_rate * self.cohort.devices
+        expected = self.settings.rate * self.cohort.devices
         mean = torch.from_numpy(cohort_sum.total / expected).float()
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
         for name, gradient in scatter(unflatten(mean, shapes), offer.item_slice, self._model).items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.privacy import NOT_OFFERED
 from server.dashboard.charts import Chart, Heat, Line, Numbers
 from server.dashboard.course import Course, Rows
 from server.dashboard.spending import Spending
@@ -57,16 +58,21 @@ def _epsilon(course: Course, spending: Spending) -> Panel:
         return Missing("epsilon", title, "Being computed…")
     points = sorted(spending.curve.items())
     lines: list[Line] = []
-    for place, name in enumerate(("ε_model", "ε_server")):
-        past = [(n, figures[place]) for n, figures in points if n <= course.releases]
+    offered = not course.settings.separation
+    for place, name in enumerate(("ε_model", "ε_server") if offered else ("ε_model",)):
+        past = [(n, float(figures[place])) for n, figures in points if n <= course.releases]
         if spending.spent is not None:
             past.append((spending.spent["releases"], spending.spent[("epsilon_model", "epsilon_server")[place]]))
         past = sorted(set(past))
-        ahead = [past[-1], *((n, figures[place]) for n, figures in points if n > course.releases)] if past else []
+        ahead = (
+            [past[-1], *((n, float(figures[place])) for n, figures in points if n > course.releases)] if past else []
+        )
         lines.append(_line(name, past, place))
         if len(ahead) > 1:
             lines.append(_line(f"{name}, ahead", ahead, place, dashed=True))
     note = f"Budget: ε_model {course.settings.privacy.target_epsilon:g}."
+    if not offered:
+        note += f" ε_server: {NOT_OFFERED}, the server adds the noise."
     return Chart("epsilon", title, "ε", tuple(lines), x="releases (one a round)", note=note)
 
 
