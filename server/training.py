@@ -171,6 +171,8 @@ class Training:
         for last in [False] * (ATTEMPTS - 1) + [True]:
             attempt = self.ledger.reserve(number)
             members = draw_roster(self.settings, number, self.cohort.devices)
+            if last and self.noise is not None:
+                members = members[:0]  # whose turn it was uploaded in vain, and will not do so twice: noise alone
             item_slice = slice_of(self.settings, items_in(self.current()), number)
             sliced = cut(self.current(), item_slice)
             noise = None if self.noise is None else self.noise.of(number)
