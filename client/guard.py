@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -75,6 +75,12 @@ class Policy:
             trust_server=guard.trust_server,
             separation=settings.separation,
         )
+
+    @classmethod
+    def proposed(cls, settings: Settings) -> "Policy":
+        """The policy that a server's settings propose to a device: all but to trust that server, which only the
+        device's owner can say (``test_guard.py::test_trust_in_a_server_is_not_its_own_to_propose``)."""
+        return replace(cls.of(settings), trust_server=False)
 
     def in_words(self) -> list[str]:
         """What the device insists on, for its owner."""

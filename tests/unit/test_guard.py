@@ -228,6 +228,15 @@ def test_turns_are_kept_apart(tmp_path: Path) -> None:
     assert "ε_server=inf ≤ 50" in bounded.share()
 
 
+def test_trust_in_a_server_is_not_its_own_to_propose(tmp_path: Path) -> None:
+    settings = load_settings(None, [*TINY, "privacy.mechanism=tree", "guard.trust_server=true"])
+    assert Policy.of(settings).trust_server and not Policy.proposed(settings).trust_server
+    assert Policy.proposed(SETTINGS) == Policy.of(SETTINGS)
+    world = World(tmp_path, policy=Policy.proposed(settings), settings=settings)
+    assert "which the policy's trust_server allows" in world.refusal("query.advertise", content_of(numbers("I", 3)))
+    assert with_changes(Policy.proposed(settings), "trust_server = true") == Policy.of(settings)
+
+
 def test_epsilon_of_all_servers_together_is_bounded(tmp_path: Path) -> None:
     charge = Charge.of(bytes(32), World(tmp_path / "any").offer())
     limit = (epsilon_server([charge], 1e-4) + epsilon_server([charge] * 2, 1e-4)) / 2
