@@ -10,12 +10,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from running import FEDTOPK, TINY, arguments, simulate
 
-from common.errors import PrivacyError, RunError
+from common.errors import AggregationError, PrivacyError, RunError
+from common.offer import Offer
 from common.privacy import NOT_OFFERED
 from common.settings import load_settings
+from server.cohort import CohortSum
 from server.dashboard.course import Course
 from server.dashboard.panels import panels
 from server.dashboard.spending import Spending
@@ -26,6 +29,7 @@ from server.run_folder import RunFolder
 from server.store import open_store_read_only
 from server.verification import TOLERANCE, verify_folder
 from simulations.audits.system import Size, repetition
+from simulations.plain_cohort import PlainCohort
 from simulations.simulate import Watch
 from simulations.simulate import simulate as run_simulation
 
@@ -85,6 +89,27 @@ def test_killed_while_noise_is_secret_no_round_is_released_twice(tmp_path: Path)
     assert released == list(range(1, 61)) and report["rounds"] == report["privacy"]["releases"] == 60
     assert report["privacy"]["noise"] == "cryptographic" and report["privacy"]["epsilon_model"] <= 8
     assert not key.exists()
+    assert all(check.ok for check in verify_folder(out)[0])
+
+
+def test_a_turn_that_cannot_be_summed_ends_in_noise_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices that uploaded in vain do not upload again, so that a round's last attempt is without them."""
+    whole = PlainCohort.sum_updates
+
+    def failing(cohort: PlainCohort, offer: Offer, members: np.ndarray) -> CohortSum:
+        if offer.round == 2 and len(members):
+            raise AggregationError("Too few answered.")
+        return whole(cohort, offer, members)
+
+    monkeypatch.setattr(PlainCohort, "sum_updates", failing)
+    out = tmp_path / "run"
+    changes = {"aggregation__kind": "plain", "privacy__randomness": "system", "training__rounds": 3}
+    report = train(out, **changes)
+    with open_store_read_only(out) as store:
+        entries = [(entry.round, entry.attempt, entry.state) for entry in LedgerReader(store).entries()]
+    second = [(2, 1, "uploaded"), (2, 2, "uploaded"), (2, 3, "released")]
+    assert entries == [(1, 1, "released"), *second, (3, 1, "released")]
+    assert report["status"] == "finished" and report["privacy"]["releases"] == 3
     assert all(check.ok for check in verify_folder(out)[0])
 
 
