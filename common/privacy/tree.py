@@ -211,7 +211,7 @@ def error_of_sums(band: tuple[int, ...], rounds: int) -> float:
     """Root mean square error of the T prefix sums per coordinate, for z·Δ₂ = 1: ‖c‖₂·√(Σ_{k<T} (T − k) g_k² / T).
 
     g_k are the coefficients of A·C⁻¹, which is lower-triangular and Toeplitz, too: its row t has g_0 … g_{t−1}. For
-    b = 1, noise that is independent in each round, it is √((T + 1)/2). Kalinin and Lampert 2024, section 3.
+    b = 1, noise that is independent in each round, it is √((T + 1)/2). Kalinin and Lampert 2024.
     """
     sums = np.cumsum(_inverse(band, rounds)) ** 2
     return _norm(band) * math.sqrt(float(np.dot(np.arange(rounds, 0, -1), sums)) / rounds)
