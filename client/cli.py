@@ -87,7 +87,7 @@ def join(
     from common.settings import load_toml
 
     content = Invitation.parse(_read(invitation))
-    policy = with_changes(Policy.of(load_toml(content.settings)), _read(policy_file) if policy_file else "")
+    policy = with_changes(Policy.proposed(load_toml(content.settings)), _read(policy_file) if policy_file else "")
     with opened_store(folder, key_file, passphrase, keyring) as store:
         pin(store, content, policy)
     found = {"server": content.server, "items": len(content.items), "policy": asdict(policy)}

@@ -2,11 +2,11 @@
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from pydantic import TypeAdapter, ValidationError
 
-from client.ledger import Charge, epsilon_server
+from client.ledger import Charge, epsilon_server, last_attempt
 from common.errors import Refusal, SettingsError
 from common.privacy.adaptive_clip import joint
 from common.privacy.encoding import WIDTHS
@@ -31,6 +31,9 @@ class Policy:
         maximum_epsilon_server, delta: most that all uploads may tell the servers that get them, as ε at δ; 0 for any.
         own_coins: whether it takes part only in rounds for which its own coin fell so, whoever else the server asks.
         reproducible: whether noise may be seeded, or absent, which protects nobody: for trying things out.
+        trust_server: whether the server may be the one that adds the noise (:mod:`common.privacy.tree`), and could see
+            the sum without it.
+        separation: s, least number of rounds from one upload to the next in a run; 0 for any.
     """
 
     minimum_cohort: int
@@ -46,10 +49,15 @@ class Policy:
     delta: float = _DELTA
     own_coins: bool = False
     reproducible: bool = False
+    trust_server: bool = False
+    separation: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> "Policy":
-        """The policy that a run's own settings describe."""
+        """The policy that a run's own settings describe.
+
+        κ is what they say, or how many turns a device has in the run, where devices take turns.
+        """
         guard, aggregation = settings.guard, settings.aggregation
         return cls(
             guard.minimum_cohort,
@@ -59,13 +67,21 @@ class Policy:
             (aggregation.bits,) if aggregation.bits else WIDTHS,
             joint(settings.largest_clip) if settings.privacy.clip_quantile else settings.largest_clip,
             guard.minimum_noise_multiplier,
-            guard.maximum_contributions,
+            guard.maximum_contributions or settings.turns,
             aggregation.hybrid,
             guard.maximum_epsilon_server,
             settings.privacy.delta or _DELTA,
             own_coins=settings.training.coins == "device",
             reproducible=settings.reproducible,
+            trust_server=guard.trust_server,
+            separation=settings.separation,
         )
+
+    @classmethod
+    def proposed(cls, settings: Settings) -> "Policy":
+        """The policy that a server's settings propose to a device: all but to trust that server, which only the
+        device's owner can say (``test_guard.py::test_trust_in_a_server_is_not_its_own_to_propose``)."""
+        return replace(cls.of(settings), trust_server=False)
 
     def in_words(self) -> list[str]:
         """What the device insists on, for its owner."""
@@ -81,19 +97,33 @@ class Policy:
             if epsilon
             else "any ε_server",
             *(["rounds for which its own coin falls so"] if self.own_coins else []),
+            *([f"{self.separation} rounds from one upload to the next"] if self.separation else []),
+            *(["noise, which the server may add: it is trusted with the sum"] if self.trust_server else []),
         ]
 
     def check_run(self, settings: Settings) -> None:
         """Whether this device takes part in such a run at all. Raises :class:`Refusal`."""
-        _demand((self.reproducible or not settings.reproducible, "noise that nobody can reproduce"))
+        _demand(
+            (self.reproducible or not settings.reproducible, "noise that nobody can reproduce"),
+            (
+                self.trust_server or settings.privacy.mechanism != "tree",
+                "noise from the devices; with privacy.mechanism=tree the server adds it and could see the sum without, "
+                "which the policy's trust_server allows",
+            ),
+        )
 
     def check(self, terms: Terms, charges: Sequence[Charge], run: bytes) -> None:
         """Whether this device takes part in an attempt of a run, after the uploads that its ledger holds.
+
+        Every upload counts, also one of an attempt that released nothing: a device cannot know that. So where devices
+        take turns, a round that is tried again is without those that uploaded before
+        (``test_guard.py::test_turns_are_kept_apart``).
 
         Raises:
             Refusal: it does not, for the reasons named.
         """
         encoding, honest, contributions = terms.encoding, 1 - self.corrupt - self.dropout, len(charges)
+        last, _ = last_attempt(charges, run)
         _demand(
             (terms.n >= self.minimum_cohort, f"cohort={terms.n} ≥ {self.minimum_cohort}"),
             (terms.n <= self.maximum_cohort, f"cohort={terms.n} ≤ {self.maximum_cohort}"),
@@ -102,7 +132,8 @@ class Policy:
             (encoding.bits in self.bits, f"bits={encoding.bits} to be in {self.bits}"),
             (encoding.clip <= self.maximum_clip, f"clip_norm={encoding.clip} ≤ {self.maximum_clip}"),
             (
-                encoding.noise_multiplier >= self.minimum_noise_multiplier,
+                encoding.noise_multiplier >= self.minimum_noise_multiplier
+                or (self.trust_server and encoding.variance == 0),
                 f"noise_multiplier={encoding.noise_multiplier:g} ≥ {self.minimum_noise_multiplier}",
             ),
             (abs(encoding.honest - honest) < 1e-9, f"honest={encoding.honest} to be {honest:g}"),
@@ -111,6 +142,10 @@ class Policy:
             (
                 not self.maximum_contributions or contributions < self.maximum_contributions,
                 f"contributions={contributions} < {self.maximum_contributions}",
+            ),
+            (
+                not last or terms.round - last >= self.separation,
+                f"round {terms.round} to be {self.separation} after round {last}, in which it took part",
             ),
         )
         if self.maximum_epsilon_server:  # last: it loads an accountant

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,8 @@ class Offer:
         encoding: how updates are clipped, rounded and noised.
         settings: of the run.
         item_slice: the items that the heads have rows for; None: all.
+        server_noise: (2^m,) int64 what the server adds to the sum (:mod:`common.privacy.tree`); its secret, and no part
+            of what any device is sent.
     """
 
     round: int
@@ -40,6 +42,7 @@ class Offer:
     encoding: Encoding
     settings: Settings
     item_slice: ItemSlice | None = None
+    server_noise: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def warm(self) -> bool:
@@ -76,8 +79,9 @@ class Offer:
 
     @cached_property
     def signs(self) -> np.ndarray:
-        """The round's public random signs of the rotation."""
-        return random_signs(self.encoding.dimension, seeded_stream(self.settings.training.seed, "rotation", self.round))
+        """The round's public random signs of the rotation; the run's, where noise is correlated between rounds."""
+        round_ = 0 if self.settings.separation else self.round
+        return random_signs(self.encoding.dimension, seeded_stream(self.settings.training.seed, "rotation", round_))
 
     def stream(self, *labels: str | int) -> Stream:
         """Randomness for rounding and noise: the operating system's, unless the run is reproducible.

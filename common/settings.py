@@ -199,7 +199,8 @@ class TrainingSettings(_Section):
 
     rounds: int = Field(400, ge=1)
     cohort_rate: float = Field(0.1, gt=0, le=1)
-    """q: the probability with which each device takes part in a round, independently."""
+    """q: the probability with which each device takes part in a round, independently; with `privacy.mechanism=tree`
+    each takes part in every ⌊1/q⌋-th round, in turns."""
     coins: Literal["server", "device"] = "server"
     """Who flips it: the server, which has one exchange less to make; or each device, so that no server can choose whom
     to ask. Neither lowers ε_server."""
@@ -246,7 +247,9 @@ class GroupScale(_Section):
 class PrivacySettings(_Section):
     """The mechanism and the budget."""
 
-    mechanism: Literal["skellam", "none"] = "skellam"
+    mechanism: Literal["skellam", "tree", "none"] = "skellam"
+    """`tree`: noise that is correlated between rounds and added by the server, for devices that take turns; no sampling
+    is assumed, and no ε_server is offered."""
     target_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
     """Budget of ε_model; the noise multiplier is found for it unless one is given."""
     noise_multiplier: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -291,9 +294,12 @@ class GuardSettings(_Section):
     maximum_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Largest C of any round; 0: `privacy.clip_norm`, or 10⁴ times it where C adapts."""
     maximum_contributions: int = Field(0, ge=0)
-    """κ, how often a device uploads; 0: as often as it is asked."""
+    """κ, how often a device uploads; 0: as often as it is asked, with `privacy.mechanism=tree` once in ⌊1/q⌋ rounds."""
     maximum_epsilon_server: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Most that all uploads of a device may tell the server, as ε at `privacy.delta`, or 1e-6 without one; 0: any."""
+    trust_server: bool = False
+    """Whether devices take part where the server adds the noise, and could see their sum without it
+    (`privacy.mechanism=tree`)."""
 
 
 class EvaluationSettings(_Section):
@@ -345,6 +351,17 @@ class Settings(_Section):
                 f"Expected objective.discount={self.objective.discount:g} to be 0 with reward.source=critic: the "
                 "critic predicts rewards, not returns."
             )
+        if self.privacy.mechanism == "tree":
+            for name, found, needed in (
+                ("training.coins", self.training.coins, "server"),
+                ("objective.slice_items", self.objective.slice_items, 0),
+                ("privacy.clip_quantile", self.privacy.clip_quantile, 0),
+            ):
+                if found != needed:
+                    raise ValueError(
+                        f"Expected {name}={found} to be {needed} with privacy.mechanism=tree: devices take turns, and "
+                        "the noise of a round takes back that of earlier ones on the same coordinates, in the same units."
+                    )
         if self.objective.slice_items == 1:
             raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
         if self.objective.slice_items and self.model.cell != "none" and not self.model.input_rows:
@@ -400,6 +417,21 @@ class Settings(_Section):
     def private(self) -> bool:
         """Whether what is released carries noise."""
         return self.privacy.mechanism != "none"
+
+    @property
+    def separation(self) -> int:
+        """s = ⌊1/q⌋, rounds from one turn of a device to its next one; 0 where coins decide who takes part."""
+        return math.floor(1 / self.training.cohort_rate + 1e-9) if self.privacy.mechanism == "tree" else 0
+
+    @property
+    def turns(self) -> int:
+        """κ = ⌈T/s⌉, how often a device takes part at most; 0 where coins decide."""
+        return -(-self.training.rounds // self.separation) if self.separation else 0
+
+    @property
+    def rate(self) -> float:
+        """Part of all devices that is expected in a round's cohort: q, or 1/s where devices take turns."""
+        return 1 / self.separation if self.separation else self.training.cohort_rate
 
     @property
     def reproducible(self) -> bool:

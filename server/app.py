@@ -83,6 +83,11 @@ def expect_secure(settings: Settings) -> None:
             f"Expected aggregation.kind={settings.aggregation.kind} to be secure in a Flower run: "
             "plain and central are for `fedtopk simulate`."
         )
+    if settings.privacy.mechanism == "tree" and not settings.guard.trust_server:
+        raise SettingsError(
+            "Expected guard.trust_server=false to be true with privacy.mechanism=tree: the server adds the noise and "
+            "could see the sum without it, and devices refuse that unless their policy allows it."
+        )
 
 
 def serve(

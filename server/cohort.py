@@ -16,8 +16,8 @@ class CohortSum:
 
     Attributes:
         total: (d,) float64, sum of the clipped updates in the scale of `privacy.group_scale`, plus noise of exactly
-            `encoding.variance` per rotated coordinate, whatever the cohort; (d+1,) where the clip adapts, with the
-            released coordinate of :mod:`common.privacy.adaptive_clip` behind the update.
+            `encoding.variance` per rotated coordinate, whatever the cohort, or the server's own; (d+1,) where the clip
+            adapts, with the released coordinate of :mod:`common.privacy.adaptive_clip` behind the update.
         roster, survivors: members that were asked for an update, and members that the sum is made of; known to the
             server, no part of what is released.
         bytes_up, bytes_down: sent by and to one device, if anything was sent.
@@ -54,12 +54,15 @@ class Cohort(Protocol):
 
 
 def release(residues: np.ndarray, survivors: int, roster: int, offer: Offer) -> np.ndarray:
-    """(d,) float64: top the summed residues up to exactly the encoding's variance, and decode them.
+    """(d,) float64: top the summed residues up to exactly the encoding's variance, and decode them; or add the noise
+    that is the server's alone.
 
     Args:
         residues: (2^m,) sum of the survivors' encoded updates modulo 2^bits.
         survivors, roster: members in the sum, and members that each member's share of the noise was computed for.
     """
     encoding: Encoding = offer.encoding
+    if offer.server_noise is not None:
+        return decode(residues.astype(np.int64) + offer.server_noise, encoding, offer.signs)
     noise = top_up_noise(encoding, roster, survivors, offer.stream("top-up"))
     return decode(residues.astype(np.int64) + noise, encoding, offer.signs)

@@ -105,6 +105,8 @@ class Ledger(LedgerReader):
         allowed_releases: how many releases the budget allows; None for no limit.
         repeatable: whether a round that is run again releases the very same numbers (seeded randomness). It then tells
             nobody anything new, and is not charged again.
+        once: whether a round may be released once and no more, since other rounds' noise depends on its own
+            (:mod:`common.privacy.tree`).
         budget: that budget in words for the one who hits it, such as ``ε_model=8 at δ=1e-05``.
         clock: seconds since the epoch.
 
@@ -121,6 +123,7 @@ class Ledger(LedgerReader):
         allowed_releases: int | None,
         budget: str,
         repeatable: bool,
+        once: bool = False,
         clock: Callable[[], float],
     ) -> None:
         super().__init__(store)
@@ -129,6 +132,7 @@ class Ledger(LedgerReader):
         self._allowed_releases = allowed_releases
         self._budget = budget
         self._repeatable = repeatable
+        self._once = once
         self._clock = clock
         self._check_mechanism()
 
@@ -137,12 +141,19 @@ class Ledger(LedgerReader):
 
         The reservation of an earlier attempt that released nothing passes to the new one, which then costs nothing;
         after one that did release, the new one is charged in addition. Earlier attempts can't be marked any more.
-        Raises :class:`BudgetExceeded`, with nothing written, if that would be more than ``allowed_releases``.
+        Raises :class:`BudgetExceeded`, with nothing written, if that would be more than ``allowed_releases``, and
+        :class:`RunError` if the round was released and may be only once
+        (tests/unit/test_ledger.py::test_a_round_with_correlated_noise_is_released_once).
         """
         with self._store.transaction() as connection:
             newest = _newest(connection, round)
             if self._repeats(newest):
                 return newest.attempt
+            if self._once and newest is not None and newest.state == "released":
+                raise RunError(
+                    f"Expected round {round} not to be released yet: its noise is correlated with that of other "
+                    "rounds, and a second release of it would uncover updates. The run ends here."
+                )
             spent = _count(connection, _charged())
             needed = spent if newest is not None and newest.state != "released" else spent + 1
             if self._allowed_releases is not None and needed > self._allowed_releases:

@@ -7,6 +7,7 @@ Test: ``tests/unit/test_model_card.py``.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from common.privacy import NOT_OFFERED
 from common.settings import Settings
 
 
@@ -57,7 +58,15 @@ def _privacy(report: Mapping[str, Any]) -> Iterator[str]:
                 f"{words}, all {privacy['population']['runs']} runs over these users", name, privacy["population"]
             )
     yield ""
-    yield f"ε_server holds under {privacy['epsilon_server_holds_under']}."
+    if privacy["mechanism"] == "tree":
+        yield (
+            f"Noise is added by {privacy['noise_added_by']}, which knows the sums without it: ε_server is not offered. "
+            f"Noise is correlated over {privacy['band']} rounds; a user takes part once in {privacy['separation']} "
+            f"rounds, {privacy['contributions']} times at most, and no sampling is assumed."
+        )
+    else:
+        yield f"ε_server holds under {privacy['epsilon_server_holds_under']}."
+        yield "That sampling amplifies Skellam noise as it does the Gaussian is assumed (docs/threat-model.md)."
     if privacy["noise"] != "cryptographic":
         yield f"**The noise is {privacy['noise']}: whoever knows the seed can take it away, and neither figure holds.**"
     yield (
@@ -66,7 +75,6 @@ def _privacy(report: Mapping[str, Any]) -> Iterator[str]:
     )
     if "clip" in report:
         yield _clip(report["clip"])
-    yield "That sampling amplifies Skellam noise as it does the Gaussian is assumed (docs/threat-model.md)."
     yield "`fedtopk privacy verify` recomputes both figures from the run's event log with a second accountant."
     yield ""
 
@@ -82,7 +90,8 @@ def _clip(clip: Mapping[str, Any]) -> str:
 
 
 def _figure(words: str, name: str, privacy: Mapping[str, Any]) -> str:
-    cells = (words, f"{privacy[name]:.4g}", f"{privacy['delta']:.3g}", f"one {privacy['unit']}")
+    value = privacy[name] if privacy[name] == NOT_OFFERED else f"{privacy[name]:.4g}"
+    cells = (words, value, f"{privacy['delta']:.3g}", f"one {privacy['unit']}")
     return "| " + " | ".join((*cells, privacy["adjacency"][name], privacy["observer"][name])) + " |"
 
 

@@ -1,5 +1,6 @@
 """Opens a run's training in its folder: model, budget, ledger and events put together."""
 
+import json
 import time
 from dataclasses import asdict
 from typing import Any
@@ -10,11 +11,13 @@ from common.errors import RunError
 from common.item_slice import cut, slice_of
 from common.model import initialise
 from common.privacy.budget import make_budget
+from common.privacy.tree import CorrelatedNoise, Tree
 from common.settings import Settings
 from server.cohort import Cohort
 from server.controls import Controls
 from server.events import OPENED, Events
 from server.ledger import Ledger
+from server.noise_key import KeyFile, SeededKey
 from server.population_ledger import PopulationLedger
 from server.run_folder import RunFolder
 from server.store import Store
@@ -52,15 +55,20 @@ def open_training(
     budget = make_budget(settings, cohort.devices, dimension, others, begun_with)
     if begun is None:
         events.record(MECHANISM, **budget.mechanism(), population=population.origin if population else "")
+    elif budget.tree is not None and begun.fields["tree"] != json.loads(json.dumps(budget.mechanism()["tree"])):
+        raise RunError(
+            "Expected the band and the noise that the run was begun with: another version of fedtopk did it."
+        )
     elif begun.fields["population"] != (population.origin if population else ""):
         raise RunError("Expected the ledger of the population that the run was begun with: --ledger.")
     ledger = Ledger(
         store,
         noise_multiplier=budget.noise_multiplier,
-        rate=settings.training.cohort_rate,
+        rate=settings.rate,
         allowed_releases=budget.allowed_releases,
         budget=budget.words,
         repeatable=settings.reproducible,
+        once=budget.tree is not None,
         clock=time.time,
     )
     if population:
@@ -78,7 +86,18 @@ def open_training(
         account=asdict(budget.account) if budget.account else None,
     )
     controls = Controls(store, events)
-    return Training(settings, parameters, cohort, budget, ledger, events, controls, folder.checkpoints)
+    noise = None if budget.tree is None else _correlated_noise(budget.tree, settings, folder, fresh=not ledger.attempts)
+    return Training(settings, parameters, cohort, budget, ledger, events, controls, folder.checkpoints, noise)
+
+
+def _correlated_noise(tree: Tree, settings: Settings, folder: RunFolder, *, fresh: bool) -> CorrelatedNoise:
+    """The noise of a run; of a `fresh` one, in which no round was begun, under a new key."""
+    if settings.reproducible:
+        return CorrelatedNoise(tree, SeededKey(settings.training.seed))
+    key = KeyFile(folder.noise_key)
+    if fresh:
+        key.make()
+    return CorrelatedNoise(tree, key)
 
 
 def settle(training: Training, population: PopulationLedger | None) -> dict[str, Any] | None:

@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     @property
+    def noise_key(self) -> Path:
+        """Of a run under way whose noise is correlated: secret (:mod:`server.noise_key`)."""
+        return self.path / "noise.key"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

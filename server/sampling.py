@@ -1,4 +1,5 @@
-"""Who takes part in a round: independent coins (Poisson sampling), on which the amplification of ε_model rests."""
+"""Who takes part in a round: independent coins (Poisson sampling), on which the amplification of ε_model rests, or
+turns, on whose distance the sensitivity of correlated noise rests (:mod:`common.privacy.tree`)."""
 
 import numpy as np
 
@@ -14,7 +15,12 @@ def draw_roster(settings: Settings, round_: int, devices: int) -> np.ndarray:
     Amplification needs the coins to be secret from whoever sees the models. So they come from the operating system,
     anew for each attempt, unless the run is reproducible, where they follow from the seed and the round alone.
     Real devices that flip their own coins are all asked.
+
+    Turns are public: device i takes part in the rounds t with t ≡ i (mod s), whatever anybody's data is. Guarantee: s
+    rounds apart, ⌈T/s⌉ times in T rounds (``test_tree.py::test_turns_are_apart_and_depend_on_no_data``).
     """
+    if settings.separation:
+        return np.flatnonzero(np.arange(devices) % settings.separation == round_ % settings.separation)
     if settings.training.coins == "device" and settings.aggregation.kind == "secure":
         return np.arange(devices)
     stream = seeded_stream(settings.training.seed, "roster", round_) if settings.reproducible else system_stream()

@@ -22,6 +22,7 @@ from common.offer import Offer
 from common.privacy.adaptive_clip import AdaptiveClip, at, share_within
 from common.privacy.budget import Budget
 from common.privacy.encoding import Encoding
+from common.privacy.tree import CorrelatedNoise
 from common.settings import Settings, TrainingSettings
 from common.threads import one_thread
 from server.checkpoint import Checkpoint, load_latest, save
@@ -81,6 +82,7 @@ class Training:
         budget: the mechanism.
         ledger, events, controls: opened in the run folder.
         checkpoints: folder of the checkpoints.
+        noise: that the server adds, where it is the server's; its key is erased once no round is left to be noised.
     """
 
     settings: Settings
@@ -91,6 +93,7 @@ class Training:
     events: Events
     controls: Controls
     checkpoints: Path
+    noise: CorrelatedNoise | None = None
 
     def __post_init__(self) -> None:
         self._model = {name: torch.nn.Parameter(value.clone()) for name, value in self.parameters.items()}
@@ -150,6 +153,8 @@ class Training:
         self._checkpoint()
         self.controls.refuse("the run had ended", self._round)
         self.events.record(status, self._round, reason=reason)
+        if self.noise is not None and status != "stopped":
+            self.noise.end()
         return Outcome(
             status,
             reason,
@@ -171,9 +176,12 @@ class Training:
         for last in [False] * (ATTEMPTS - 1) + [True]:
             attempt = self.ledger.reserve(number)
             members = draw_roster(self.settings, number, self.cohort.devices)
+            if last and self.noise is not None:
+                members = members[:0]  # whose turn it was uploaded in vain, and will not do so twice: noise alone
             item_slice = slice_of(self.settings, items_in(self.current()), number)
             sliced = cut(self.current(), item_slice)
-            offer = Offer(number, attempt, sliced, self._encoding(), self.settings, item_slice)
+            noise = None if self.noise is None else self.noise.of(number)
+            offer = Offer(number, attempt, sliced, self._encoding(), self.settings, item_slice, noise)
             if len(members):
                 self.ledger.uploaded(number, attempt)
             try:
@@ -190,7 +198,8 @@ class Training:
         self._round = number
         self._client_updates += cohort_sum.survivors
         self._dropouts += cohort_sum.roster - cohort_sum.survivors
-        if number % self.settings.training.checkpoint_every == 0:
+        # A round with correlated noise must not be released twice: none is that no checkpoint holds.
+        if self.noise is not None or number % self.settings.training.checkpoint_every == 0:
             self._checkpoint()
         # Until here only this process has seen the new model; from here on it counts as released.
         self.ledger.released(number, attempt)
@@ -257,7 +266,7 @@ class Training:
     @property
     def _expected(self) -> float:
         """qN, members of a cohort."""
-        return self.settings.training.cohort_rate * self.cohort.devices
+        return self.settings.rate * self.cohort.devices
 
     def _checkpoint(self) -> None:
         """Write the state after the last completed round, unless it is written."""

@@ -5,6 +5,8 @@ figure           the run's own accountant                    here
 ===============  ==========================================  =====================================================
 ε_model          opacus's PRV                                dp-accounting's privacy loss distributions
 ε_server         dp-accounting's Gaussian                    opacus's dual of Gaussian differential privacy
+ε_model, `tree`  dp-accounting's Gaussian, κ whole columns   opacus's dual, at the largest ‖Cu‖ that is found over all
+                                                             patterns of participation
 ===============  ==========================================  =====================================================
 
 What is recomputed starts from the events `mechanism`, `reserved`, `uploaded` and `released`; the run's ledger table and
@@ -33,9 +35,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sqlalchemy import select
 
 from common.errors import FedtopkError, RunError
+from common.privacy import NOT_OFFERED
 from common.privacy.accounting import (
     contributions,
     effective_multiplier,
@@ -47,6 +51,7 @@ from common.privacy.accounting import (
 from common.privacy.adaptive_clip import AdaptiveClip, at
 from common.privacy.budget import ADJACENCY, OBSERVER, Spending, spendable_delta
 from common.privacy.encoding import Encoding
+from common.privacy.tree import BAND_BETA, Tree
 from server.events import START, Event, Head, clips_of, following
 from server.ledger import Entry, LedgerReader
 from server.population_ledger import BEGUN, CHARGED, charges_of
@@ -128,10 +133,28 @@ def recompute(mechanism: Mapping[str, Any], entries: list[Entry]) -> dict[str, A
     if mechanism["mechanism"] == "none":
         return statement
     encoding, rate, delta = Encoding(**mechanism["encoding"]), mechanism["rate"], mechanism["delta"]
-    if any(entry.rate != rate or not _near(entry.noise_multiplier, encoding.noise_multiplier) for entry in entries):
+    tree = None
+    if mechanism["mechanism"] == "tree":
+        own = mechanism["tree"]
+        tree = Tree(encoding, tuple(own["coefficients"]), own["separation"], own["variance"])
+    noise_multiplier = (tree or encoding).noise_multiplier
+    if any(entry.rate != rate or not _near(entry.noise_multiplier, noise_multiplier) for entry in entries):
         raise RunError("Expected every attempt to have the rate and the noise of the run's mechanism.")
     newest = {entry.round: entry.attempt for entry in entries}
     releases = sum(entry.released_at is not None or entry.attempt == newest[entry.round] for entry in entries)
+    if tree is not None:
+        if releases != len(newest):
+            raise RunError("Expected every round to be released once: noise of different rounds is correlated.")
+        left = spendable_delta(delta, encoding, releases, releases * BAND_BETA)
+        return statement | {
+            "delta": delta,
+            "noise_multiplier": noise_multiplier,
+            "releases": releases,
+            "epsilon_model": _correlated_epsilon(tree, sorted(newest), left),
+            "epsilon_server": NOT_OFFERED,
+            "adjacency": ADJACENCY,
+            "observer": OBSERVER,
+        }
     multiplier, left = effective_multiplier(encoding), spendable_delta(delta, encoding, releases)
     uploads = contributions(rate, len(entries))
     model = epsilon_model(multiplier, rate, releases, left)
@@ -151,6 +174,35 @@ def recompute(mechanism: Mapping[str, Any], entries: list[Entry]) -> dict[str, A
     }
 
 
+def largest_movement(moves: Sequence[float], separation: int, rounds: int) -> float:
+    """The largest ‖Cu‖ over all patterns u of a user's rounds, at least `separation` apart, of the first `rounds`.
+
+    Added up number by number, whether or not columns of C overlap: in a round that several of a user's updates move,
+    the norms of the moves add up. No pattern beats the dense ones, of which there is one for each first round, since
+    moves are not negative. Rounds after the last, which nobody has seen, are counted in, as the run's own account does.
+
+    Args:
+        moves: by how much an update moves the release of its own round, of the next one, …
+    """
+    found = 0.0
+    for first in range(min(separation, rounds)):
+        pattern = np.zeros(rounds)
+        pattern[first::separation] = 1.0
+        found = max(found, float(np.linalg.norm(np.convolve(pattern, moves))))
+    return found
+
+
+def _correlated_epsilon(tree: Tree, rounds: list[int], delta: float) -> float:
+    """ε_model of correlated noise, by opacus's dual, or the run's own accountant where that one ends."""
+    if not rounds:
+        return 0.0
+    moves = [math.sqrt(square) for square in tree.squares]
+    multiplier = tree.effective_multiplier * tree.sensitivity
+    multiplier /= largest_movement(moves, tree.separation, rounds[-1])
+    epsilon = epsilon_server(multiplier, 1.0, 1, delta)
+    return epsilon_server_gdp(multiplier, 1.0, 1, delta) if epsilon <= _INDEPENDENT else epsilon
+
+
 def compare(claimed: Mapping[str, Any], found: Mapping[str, Any]) -> list[Check]:
     """Whether claimed figures are those that were recomputed."""
     checks = []
@@ -159,7 +211,7 @@ def compare(claimed: Mapping[str, Any], found: Mapping[str, Any]) -> list[Check]
             continue
         claim, recomputed = claimed.get(name), found.get(name)
         if name.startswith("epsilon"):
-            ok = _numbers(claim, recomputed) and (claim == recomputed or abs(claim - recomputed) <= TOLERANCE)  # type: ignore[operator]
+            ok = claim == recomputed or (_numbers(claim, recomputed) and abs(claim - recomputed) <= TOLERANCE)  # type: ignore[operator]
         elif isinstance(recomputed, float):
             ok = _numbers(claim, recomputed) and _near(claim, recomputed)  # type: ignore[arg-type]
         else:
@@ -267,9 +319,10 @@ def _verify_population(log: Log) -> tuple[list[Check], dict[str, Any]]:
     found, left = total.statement(float(claimed["delta"])), total.left(float(claimed["delta"]))
     if float(found["epsilon_model"]) <= _INDEPENDENT and total.history:
         found["epsilon_model"] = epsilon_model_pld(1.0, 1.0, 0, left, total.history)
-    if 0 < found["epsilon_server"] <= _INDEPENDENT:
+    if found["epsilon_server"] != NOT_OFFERED and 0 < found["epsilon_server"] <= _INDEPENDENT:
         found["epsilon_server"] = epsilon_server_gdp(total.server**-0.5, 1.0, 1, left)
-    claimed = {name: float(value) if name.startswith("epsilon") else value for name, value in claimed.items()}
+    figures = {name for name in claimed if name.startswith("epsilon") and claimed[name] != NOT_OFFERED}
+    claimed = {name: float(value) if name in figures else value for name, value in claimed.items()}
     open_runs = {event.fields["run"]: not event.fields["settled"] for event in charges}
     words = f"{len(open_runs)} runs, {sum(open_runs.values())} of them charged with the most that they may spend"
     return [Check("runs", True, words), *compare(claimed, found)], found

@@ -166,7 +166,7 @@ def release(offer: Offer, fixed: np.ndarray) -> np.ndarray:
     """(d,) float64 what is released of a fixed-point sum: with noise, unless the run is without."""
     total = fixed / fixed_point_scale(offer.clip)
     if offer.settings.private:
-        return release_central(total, offer.encoding, offer.signs, offer.stream("central"))
+        return release_central(total, offer.encoding, offer.signs, offer.stream("central"), offer.server_noise)
     return np.asarray(total)
 
 
@@ -209,7 +209,7 @@ class _Pool:
         self._shared.copy_(flatten(offer.parameters))
         self._sums.zero_()
         # The parameters travel through shared memory, not with every job.
-        light = replace(offer, parameters={})
+        light = replace(offer, parameters={}, server_noise=None)
         try:
             with _signals_held_back():  # the workers that this starts inherit it: Ctrl-C is the main process's
                 futures = [self._executor.submit(_work, light, _packed(job)) for job in jobs]  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from common.console import FormatOption, answer, stderr
 from common.errors import RunError
+from common.privacy import NOT_OFFERED
 from server.cli import PassphraseOption, read_passphrase
 
 privacy_app = typer.Typer(help="Plan a budget; state and verify what was spent.", no_args_is_help=True)
@@ -112,10 +113,12 @@ def figures_text(figures: dict[str, Any]) -> str:
     """Both ε with all that they mean, a line each."""
     if "epsilon_model" not in figures:
         return "No noise was added: no ε can be given."
+    server = figures["epsilon_server"]
+    server = server if server == NOT_OFFERED else f"{server:.4g}"
     lines = [
         f"ε_model {figures['epsilon_model']:.4g} at δ={figures['delta']:.3g}, unit: one {figures['unit']}; "
         f"adjacency: {figures['adjacency']['epsilon_model']}; observer: {figures['observer']['epsilon_model']}",
-        f"ε_server {figures['epsilon_server']:.4g} at δ={figures['delta']:.3g}, unit: one {figures['unit']}; "
+        f"ε_server {server} at δ={figures['delta']:.3g}, unit: one {figures['unit']}; "
         f"adjacency: {figures['adjacency']['epsilon_server']}; observer: {figures['observer']['epsilon_server']}",
     ]
     return "\n".join(lines)

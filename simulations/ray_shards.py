@@ -52,7 +52,7 @@ class RayShards:
     def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
         """Add all jobs' clipped sums to `fixed`; the blocks in the jobs' order. Raises :class:`AggregationError`."""
         parameters = ray.put({name: value.numpy() for name, value in offer.parameters.items()})
-        light = ray.put(replace(offer, parameters={}))
+        light = ray.put(replace(offer, parameters={}, server_noise=None))
         count = min(len(jobs), _SHARDS_PER_CORE * self._cores)
         shards = [_shard.remote(light, parameters, jobs[start::count]) for start in range(count)]
         blocks: list[Block | None] = [None] * len(jobs)

@@ -57,19 +57,26 @@ def skellam_excess(encoding: Encoding) -> float:
 
     Raises :class:`PrivacyError` where there is no noise or κ_s ≥ 1e-3.
     """
-    mu, squared = encoding.variance * encoding.honest, float(encoding.squared_bound)
+    mu = encoding.variance * encoding.honest
     if not mu > 0:
         raise PrivacyError(f"Expected the noise's variance={mu} > 0 for an account of it.")
-    absolute = min(math.sqrt(encoding.padded * squared), squared)
-    gaussian = _RDP_ORDERS * squared / (2 * mu)
-    beyond = np.minimum(((2 * _RDP_ORDERS - 1) * squared + 6 * absolute) / (4 * mu**2), 3 * absolute / (2 * mu))
-    excess = float(np.max(beyond / gaussian))
-    if excess >= EXCESS_LIMIT:
+    found = excess(mu, float(encoding.squared_bound), encoding.padded)
+    if found >= EXCESS_LIMIT:
         raise PrivacyError(
-            f"Expected the Skellam noise's excess={excess:.3g} over the Gaussian < {EXCESS_LIMIT}: "
+            f"Expected the Skellam noise's excess={found:.3g} over the Gaussian < {EXCESS_LIMIT}: "
             f"allow more aggregation.bits or raise privacy.noise_multiplier."
         )
-    return excess
+    return found
+
+
+def excess(variance: float, squared: float, size: int) -> float:
+    """κ_s of Skellam noise of a variance μ > 0 on (size,) integers that somebody moves by Δ₂² = `squared` > 0."""
+    absolute = min(math.sqrt(size * squared), squared)
+    gaussian = _RDP_ORDERS * squared / (2 * variance)
+    beyond = np.minimum(
+        ((2 * _RDP_ORDERS - 1) * squared + 6 * absolute) / (4 * variance**2), 3 * absolute / (2 * variance)
+    )
+    return float(np.max(beyond / gaussian))
 
 
 def effective_multiplier(encoding: Encoding) -> float:

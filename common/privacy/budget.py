@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from common.errors import PrivacyError
+from common.privacy import NOT_OFFERED
 from common.privacy.accounting import (
     History,
     contributions,
@@ -18,6 +19,7 @@ from common.privacy.accounting import (
 )
 from common.privacy.adaptive_clip import AdaptiveClip, sent
 from common.privacy.encoding import Encoding
+from common.privacy.tree import Tree, participations
 from common.settings import Settings
 
 _LARGEST_DELTA_LOSS = 1e-3
@@ -37,8 +39,9 @@ class Spending:
     """What a run spends of its population's privacy, or what several have spent.
 
     Attributes:
-        history: of ε_model, one (effective z, q, releases) a run.
-        server: Σ κ/(z²·honest) over the runs: as many contributions to the server at a noise of 1.
+        history: of ε_model, one (effective z, q, releases) a run; of correlated noise, (effective z, 1, κ).
+        server: Σ κ/(z²·honest) over the runs: as many contributions to the server at a noise of 1; inf where it has
+            seen sums without noise.
         delta_loss: part of δ that goes to encodings and minimum cohorts.
     """
 
@@ -56,12 +59,14 @@ class Spending:
     def statement(self, delta: float) -> dict[str, Any]:
         """Both figures of all the runs at δ, for the most exposed user: one who was there in each of them."""
         left = self.left(delta)
+        model = epsilon_model(1.0, 1.0, 0, left, self.history)
+        server: float | str = epsilon_server(self.server**-0.5, 1.0, 1, left) if self.server else 0.0
         return {
             "runs": len(self.history),
             "unit": "user",
             "delta": delta,
-            "epsilon_model": epsilon_model(1.0, 1.0, 0, left, self.history),
-            "epsilon_server": epsilon_server(self.server**-0.5, 1.0, 1, left) if self.server else 0.0,
+            "epsilon_model": model,
+            "epsilon_server": NOT_OFFERED if server == math.inf > model else server,
             "adjacency": ADJACENCY,
             "observer": OBSERVER,
         }
@@ -76,6 +81,7 @@ class Account:
         honest: 1 − γ − δ of secure aggregation.
         rate: q.
         delta: δ of both figures; `spendable`: what of it the mechanism may use.
+        separation: s of correlated noise (:mod:`common.privacy.tree`); 0 where coins decide who takes part.
     """
 
     multiplier: float
@@ -83,13 +89,18 @@ class Account:
     rate: float
     delta: float
     spendable: float
+    separation: int = 0
 
     def epsilon_model(self, releases: int) -> float:
-        """ε_model after so many releases."""
+        """ε_model after so many releases: of rounds, one after another, where noise is correlated."""
+        if self.separation:
+            return epsilon_model(self.multiplier, 1.0, participations(releases, self.separation), self.spendable)
         return epsilon_model(self.multiplier, self.rate, releases, self.spendable)
 
-    def epsilon_server(self, attempts: int) -> float:
-        """ε_server after so many attempts at rounds."""
+    def epsilon_server(self, attempts: int) -> float | None:
+        """ε_server after so many attempts at rounds; None where it is not offered."""
+        if self.separation:
+            return None
         return epsilon_server(self.multiplier, self.honest, contributions(self.rate, attempts), self.spendable)
 
 
@@ -105,6 +116,7 @@ class Budget:
         account: what both figures follow from; None without noise.
         allowed_releases: how many rounds the target permits, at most those of the settings; None without noise.
         others: what other runs over the same population have spent, which the target counts in.
+        tree: the mechanism of correlated noise, where it is that; the encoding is then without noise.
     """
 
     settings: Settings
@@ -115,6 +127,7 @@ class Budget:
     account: Account | None
     allowed_releases: int | None
     others: Spending = field(default_factory=Spending)
+    tree: Tree | None = None
 
     @property
     def words(self) -> str:
@@ -130,7 +143,8 @@ class Budget:
 
         ε_model: unit one user, add/remove adjacency, against whoever sees every released model; amplified by Poisson
         sampling. ε_server: the user's update replaced by zero, against the aggregating server, which sees who takes
-        part; no amplification, the honest devices' noise alone; it holds under secure aggregation.
+        part; no amplification, the honest devices' noise alone; it holds under secure aggregation. With correlated
+        noise ε_model is without amplification, and ε_server is not offered.
         """
         privacy = self.settings.privacy
         clip = {} if math.isinf(privacy.clip_norm) else {"clip_norm": privacy.clip_norm}
@@ -139,13 +153,25 @@ class Budget:
         statement: dict[str, Any] = {"unit": "user", "mechanism": privacy.mechanism} | clip
         if self.account is None:
             return statement
+        if self.tree is None:
+            server = {
+                "epsilon_server": self.account.epsilon_server(attempts),
+                "epsilon_server_holds_under": "secure aggregation",
+            }
+        else:
+            server = {
+                "epsilon_server": NOT_OFFERED,
+                "noise_added_by": "the server",
+                "separation": self.tree.separation,
+                "contributions": participations(releases, self.tree.separation),
+                "band": len(self.tree.coefficients),
+            }
         return statement | {
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "releases": releases,
             "epsilon_model": self.account.epsilon_model(releases),
-            "epsilon_server": self.account.epsilon_server(attempts),
-            "epsilon_server_holds_under": "secure aggregation",
+            **server,
             "adjacency": ADJACENCY,
             "observer": OBSERVER,
             "target_epsilon": privacy.target_epsilon,
@@ -158,6 +184,13 @@ class Budget:
         rate = self.settings.training.cohort_rate
         if not self.settings.private:
             return Spending(((0.0, rate, releases),) if releases else (), math.inf if attempts else 0.0)
+        if self.tree is not None:
+            times = participations(releases, self.tree.separation)
+            return Spending(
+                ((self.tree.effective_multiplier, 1.0, times),) if releases else (),
+                math.inf if attempts else 0.0,
+                releases * self.tree.delta_loss,
+            )
         multiplier = effective_multiplier(self.encoding)
         return Spending(
             ((multiplier, rate, releases),) if releases else (),
@@ -169,16 +202,18 @@ class Budget:
         """All that the figures follow from, beside the entries of the ledger: for the event log."""
         privacy = self.settings.privacy
         adaptive = AdaptiveClip.of(self.settings)
+        tree = {name: value for name, value in asdict(self.tree).items() if name != "encoding"} if self.tree else None
         return ({"adaptive_clip": asdict(adaptive)} if adaptive else {}) | {
             "unit": "user",
             "mechanism": privacy.mechanism,
             "devices": self.devices,
-            "rate": self.settings.training.cohort_rate,
+            "rate": self.settings.rate,
             "noise_multiplier": self.noise_multiplier,
             "delta": self.delta,
             "target_epsilon": privacy.target_epsilon,
             "minimum_cohort": self.settings.guard.minimum_cohort,
             "encoding": asdict(self.encoding),
+            **({"tree": tree} if tree else {}),
         }
 
 
@@ -200,14 +235,15 @@ def make_budget(
     privacy, training, aggregation = settings.privacy, settings.training, settings.aggregation
     delta, others = privacy.delta or default_delta(devices), others or Spending()
     multiplier = 0.0
+    turns = settings.turns  # with correlated noise a run is as many Gaussians, without any sampling
     if settings.private:
         multiplier = (
             begun_with
             or privacy.noise_multiplier
             or noise_multiplier_for(
                 privacy.target_epsilon,
-                training.cohort_rate,
-                training.rounds,
+                1.0 if turns else training.cohort_rate,
+                turns or training.rounds,
                 delta * (1 - 2 * _LARGEST_DELTA_LOSS),
                 others.history,
             )
@@ -216,14 +252,16 @@ def make_budget(
     encoding = Encoding.choose(
         length,
         bound if math.isfinite(bound) else 1.0,  # unclipped sums are never encoded
-        multiplier,
-        cohort=training.cohort_rate * devices,
+        0.0 if turns else multiplier,
+        cohort=settings.rate * devices,
         honest=1 - aggregation.corrupt_fraction - aggregation.dropout_fraction,
         bits=aggregation.bits,
         central=aggregation.kind == "central",
     )
     if not settings.private:
         return Budget(settings, devices, multiplier, delta, encoding, None, None, others)
+    if turns:
+        return _correlated(settings, devices, multiplier, delta, encoding, others)
     # A multiplier that was asked for may leave room for rounds that a crash makes necessary again.
     at_most = 2 * training.rounds if privacy.noise_multiplier else training.rounds
     left = spendable_delta(delta, encoding, at_most, others.delta_loss)
@@ -237,6 +275,26 @@ def make_budget(
     account = Account(effective_multiplier(encoding), encoding.honest, training.cohort_rate, delta, left)
     allowed = releases_within(privacy.target_epsilon, account.multiplier, account.rate, left, at_most, others.history)
     return Budget(settings, devices, multiplier, delta, encoding, account, allowed, others)
+
+
+def _correlated(
+    settings: Settings, devices: int, multiplier: float, delta: float, unit: Encoding, others: Spending
+) -> Budget:
+    """The budget of a run with correlated noise of a `multiplier`, over updates like those of `unit`."""
+    privacy, training, separation = settings.privacy, settings.training, settings.separation
+    smallest, least = devices // separation, settings.guard.minimum_cohort
+    if least > 1 and smallest <= least:
+        raise PrivacyError(
+            f"Expected guard.minimum_cohort={least} to be below the {smallest} devices of a turn, or 1: one user would "
+            "decide whether the others are in the sum."
+        )
+    bits = settings.aggregation.bits
+    tree = Tree.choose(unit, multiplier, settings.rate * devices, separation, training.rounds, bits)
+    left = _left(delta, training.rounds * tree.delta_loss + others.delta_loss, f"{training.rounds} releases")
+    account = Account(tree.effective_multiplier, unit.honest, settings.rate, delta, left, separation)
+    turns = releases_within(privacy.target_epsilon, account.multiplier, 1.0, left, settings.turns, others.history)
+    allowed = min(training.rounds, turns * separation)
+    return Budget(settings, devices, multiplier, delta, tree.encoding, account, allowed, others, tree)
 
 
 def threshold_loss(settings: Settings, devices: int, releases: int) -> float:

@@ -46,10 +46,14 @@ CENTRAL_SLACK = 1e-4
 WIDTHS = (16, 20, 32)
 """Bits of a coordinate on the wire, the ones that are tried in this order."""
 
-_INFLATION = 0.01  # of the sensitivity by rounding: aimed at
-_INFLATION_LIMIT = 0.10  # and tolerated for a narrower wire
-_NOISE_STD = 150.0  # of the honest noise, in integer units, from which on Skellam is the Gaussian to 1e-4
-_LARGEST_REACH = 2.0**30  # of s·C, so that norms stay below 2^31
+INFLATION, INFLATION_LIMIT = 0.01, 0.10
+"""Of the sensitivity by rounding: aimed at, and tolerated for a narrower wire."""
+
+NOISE_STD = 150.0
+"""Of the honest noise, in integer units, from which on Skellam is the Gaussian to 1e-4."""
+
+LARGEST_REACH = 2.0**30
+"""Of s·C, so that norms stay below 2^31."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Encoding:
         for name, holds, expected in (
             ("dimension", self.dimension >= 1, "≥ 1"),
             ("clip", 0 < self.clip < math.inf, "positive and finite"),
-            ("scale", 0 < self.scale * self.clip <= _LARGEST_REACH, "positive and scale·clip ≤ 2^30"),
+            ("scale", 0 < self.scale * self.clip <= LARGEST_REACH, "positive and scale·clip ≤ 2^30"),
             ("bits", 2 <= self.bits <= 32, "from 2 to 32"),
             ("variance", 0 <= self.variance < math.inf, "≥ 0 and finite"),
             ("honest", 0 < self.honest <= 1, "in (0, 1]"),
@@ -123,15 +127,15 @@ class Encoding:
             return height + 6 * noise_multiplier * at(reach).sensitivity if noise_multiplier else 8 * height
 
         def fitting(width: int) -> float:
-            return _largest(lambda reach: load(reach) < 2.0 ** (width - 1))
+            return largest_reach(lambda reach: load(reach) < 2.0 ** (width - 1))
 
         def inflated(limit: float) -> float:
-            return _largest(lambda reach: at(reach).sensitivity > (1 + limit) * reach)
+            return largest_reach(lambda reach: at(reach).sensitivity > (1 + limit) * reach)
 
-        wanted, least = _LARGEST_REACH, 0.0
+        wanted, least = LARGEST_REACH, 0.0
         if noise_multiplier:
-            gaussian = _NOISE_STD / (noise_multiplier * math.sqrt(honest))
-            wanted, least = max(gaussian, inflated(_INFLATION)), max(gaussian, inflated(_INFLATION_LIMIT))
+            gaussian = NOISE_STD / (noise_multiplier * math.sqrt(honest))
+            wanted, least = max(gaussian, inflated(INFLATION)), max(gaussian, inflated(INFLATION_LIMIT))
         for width in [bits] if bits else WIDTHS if noise_multiplier else WIDTHS[-1:]:
             reach = min(wanted, fitting(width))
             if reach >= least:
@@ -232,7 +236,11 @@ def decode(total: NDArray[np.integer[Any]], encoding: Encoding, signs: NDArray[n
 
 
 def release_central(
-    total: NDArray[np.float64], encoding: Encoding, signs: NDArray[np.float32], stream: Stream
+    total: NDArray[np.float64],
+    encoding: Encoding,
+    signs: NDArray[np.float32],
+    stream: Stream,
+    noise: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """The release (d,) of a sum (d,) of clipped updates that is known in the clear: rotated, rounded and noised once.
 
@@ -250,13 +258,16 @@ def release_central(
     The sum may be off by float errors as long as one user moves it by at most C(1 + 1e-4), which Δ₂ allows for; that
     includes the float64 rotation and the 32-bit grid of the rounding.
 
+    Args:
+        noise: (2^m,) what is added in place of noise of variance V (:mod:`common.privacy.tree`).
+
     Raises :class:`PrivacyError` for an encoding that is not central, a sum that is not finite or of another dimension.
     """
     if not encoding.central:
         raise PrivacyError("Expected an encoding chosen with central=True: its sensitivity holds without conditioning.")
     rotated = rotate(_checked(total, encoding, signs), signs)
     integers = stochastic_round(rotated * encoding.scale, stream)
-    integers += skellam(encoding.variance, encoding.padded, stream)
+    integers += skellam(encoding.variance, encoding.padded, stream) if noise is None else noise
     return unrotate(integers / encoding.scale, signs, encoding.dimension)
 
 
@@ -277,9 +288,9 @@ def _residues(integers: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
     return (integers & ((1 << bits) - 1)).astype(np.uint32)
 
 
-def _largest(holds: Callable[[float], bool]) -> float:
+def largest_reach(holds: Callable[[float], bool]) -> float:
     """The largest s·C ≤ 2^30 that `holds`, for what holds below some point only."""
-    low, high = 2.0**-20, _LARGEST_REACH
+    low, high = 2.0**-20, LARGEST_REACH
     if holds(high):
         return high
     while high > low * (1 + 1e-12):

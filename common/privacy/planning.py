@@ -12,6 +12,7 @@ from common.errors import PrivacyError
 from common.model import shapes
 from common.privacy.accounting import default_delta, epsilon_model_pld, rough_multiplier
 from common.privacy.budget import Budget, make_budget
+from common.privacy.tree import best_band, coefficients, error_of_total, participations
 from common.settings import Settings, load_settings
 
 ALIGNMENT = 0.24
@@ -45,6 +46,17 @@ def signal_to_noise(cohort: float, rounds: int, noise_multiplier: float, paramet
         parameters: d ≥ 1, shared numbers.
     """
     return ALIGNMENT * cohort * math.sqrt(rounds) / (noise_multiplier * math.sqrt(parameters))
+
+
+def correlation_gain(separation: int, rounds: int) -> float:
+    """How many times smaller the noise of the sum of T releases is where it is correlated between them, at the same z:
+    what :func:`signal_to_noise` is to be multiplied with. 1 for a `separation` of 0, where it is independent.
+
+    Source: :func:`common.privacy.tree.error_of_total`, of an independent band over the chosen one.
+    """
+    if not separation:
+        return 1.0
+    return error_of_total(coefficients(1), rounds) / error_of_total(best_band(separation, rounds), rounds)
 
 
 def default_parameters() -> int:
@@ -101,21 +113,28 @@ def make_plan(
     """
     d = parameters or default_parameters()
     budget = planned_budget(users, cohort, rounds, epsilon, delta, d, overrides)
-    ratio = signal_to_noise(cohort, rounds, budget.noise_multiplier, d)
+    correlated = budget.tree is not None
+
+    def signal(m: int, n: int, t: int, z: float, parameters: int) -> float:
+        return signal_to_noise(m, t, z, parameters) * correlation_gain(n // m if correlated else 0, t)
+
+    ratio = signal(cohort, users, rounds, budget.noise_multiplier, d)
 
     def rough(n: int, m: int, t: int, e: float) -> float:
         own_delta = budget.delta if n == users else min(budget.delta, default_delta(n))
+        if correlated:
+            return rough_multiplier(e, 1.0, participations(t, n // m), own_delta)
         return rough_multiplier(e, m / n, t, own_delta)
 
     def changed(words: str, n: int = users, m: int = cohort, t: int = rounds, e: float = epsilon) -> dict[str, Any]:
         z = budget.noise_multiplier * rough(n, m, t, e) / rough(users, cohort, rounds, epsilon)
-        return {"change": words, "signal_to_noise": signal_to_noise(m, t, z, d)}
+        return {"change": words, "signal_to_noise": signal(m, n, t, z, d)}
 
     levers = [
         changed("10 × the users", n=10 * users, m=10 * cohort),
         {
             "change": "a tenth of the shared parameters",
-            "signal_to_noise": signal_to_noise(cohort, rounds, budget.noise_multiplier, max(1, d // 10)),
+            "signal_to_noise": signal(cohort, users, rounds, budget.noise_multiplier, max(1, d // 10)),
         },
         changed(f"ε_model={2 * epsilon:g} in place of {epsilon:g}", e=2 * epsilon),
         changed("4 × the rounds", t=4 * rounds),
@@ -137,10 +156,13 @@ def make_curve(plan: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """Pairs (ε_model, signal-to-noise) along the noise, for the plan and for two levers, each at its own δ."""
     users, cohort, rounds, d = (plan[name] for name in ("users", "cohort", "rounds", "parameters"))
     multipliers = [plan["noise_multiplier"] * 2 ** (step / 2) for step in range(-1, 6)]
+    separation = plan.get("separation", 0)
+    rate, releases = (1.0, participations(rounds, separation)) if separation else (cohort / users, rounds)
+    gain = correlation_gain(separation, rounds)
 
     def along(n: int, m: int, delta: float, parameters: int) -> list[tuple[float, float]]:
         return [
-            (epsilon_model_pld(z, cohort / users, rounds, delta), signal_to_noise(m, rounds, z, parameters))
+            (epsilon_model_pld(z, rate, releases, delta), gain * signal_to_noise(m, rounds, z, parameters))
             for z in multipliers
         ]
 

@@ -37,7 +37,12 @@ def _of_privacy(course: Course) -> Iterator[str]:
             f"The budget ends in round {ends:,} of {training.rounds:,}: raise privacy.target_epsilon or "
             "privacy.noise_multiplier, or train fewer rounds."
         )
-    if course.settings.aggregation.kind != "secure":
+    if privacy.mechanism == "tree":
+        yield (
+            "privacy.mechanism=tree: the server adds the noise, and no ε_server is offered. RUN/noise.key must stay "
+            "with the server's process: who reads it can take the noise away."
+        )
+    elif course.settings.aggregation.kind != "secure":
         yield (
             f"aggregation.kind={course.settings.aggregation.kind}: ε_server holds under secure aggregation only; this "
             "process sees every update."

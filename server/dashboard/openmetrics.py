@@ -8,6 +8,7 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONT
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from common.privacy import NOT_OFFERED
 from server.dashboard.course import Course
 from server.dashboard.panels import number
 from server.dashboard.spending import Spending
@@ -54,9 +55,10 @@ class _Runs(Collector):
             if spending.spent is not None:
                 delta = f"{course.opened['account']['delta']:.6g}"
                 epsilon.add_metric([name, "model", delta, "user", "add/remove"], spending.spent["epsilon_model"])
-                epsilon.add_metric(
-                    [name, "server", delta, "user", "update replaced by 0"], spending.spent["epsilon_server"]
-                )
+                if spending.spent["epsilon_server"] != NOT_OFFERED:
+                    epsilon.add_metric(
+                        [name, "server", delta, "user", "update replaced by 0"], spending.spent["epsilon_server"]
+                    )
             newest = course.latest(course.simulation)
             for figure in _SIMULATED:
                 if (value := number(newest.get(figure))) is not None:

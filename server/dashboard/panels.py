@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from common.privacy import NOT_OFFERED
 from server.dashboard.charts import Chart, Heat, Line
 from server.dashboard.course import STAGES, Course, Rows
 from server.dashboard.spending import Spending
@@ -58,21 +59,26 @@ def _epsilon(course: Course, spending: Spending) -> Panel:
         return Missing("epsilon", title, "Being computed…")
     points = sorted(spending.curve.items())
     lines: list[Line] = []
-    for place, name in enumerate(("ε_model", "ε_server")):
-        past = [(n, figures[place]) for n, figures in points if n <= course.releases]
+    offered = not course.settings.separation
+    for place, name in enumerate(("ε_model", "ε_server") if offered else ("ε_model",)):
+        past = [(n, float(figures[place])) for n, figures in points if n <= course.releases]
         if spending.spent is not None:
             past.append((spending.spent["releases"], spending.spent[("epsilon_model", "epsilon_server")[place]]))
         past = sorted(set(past))
-        ahead = [past[-1], *((n, figures[place]) for n, figures in points if n > course.releases)] if past else []
+        ahead = (
+            [past[-1], *((n, float(figures[place])) for n, figures in points if n > course.releases)] if past else []
+        )
         lines.append(_line(name, past, place))
         if len(ahead) > 1:
             lines.append(_line(f"{name}, ahead", ahead, place, dashed=True))
     delta = course.opened["account"]["delta"]
-    note = (
+    budget = (
         f"Budget: ε_model {course.settings.privacy.target_epsilon:g}. ε_model: a user added or removed, for who sees "
-        "the models. ε_server: a user's updates replaced by zero, for the server, under secure aggregation."
     )
-    unit = f"ε of one user at δ {delta:.3g}"
+    server = "a user's updates replaced by zero, for the server, under secure aggregation"
+    if not offered:
+        server = f"{NOT_OFFERED}, the server adds the noise"
+    unit, note = f"ε of one user at δ {delta:.3g}", f"{budget}the models. ε_server: {server}."
     return Chart("epsilon", title, unit, tuple(lines), x="releases (one a round)", note=note)
 
 

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from common.errors import FedtopkError
+from common.privacy import NOT_OFFERED
 from server.dashboard.course import FOREIGN, Course
 
 _POINTS = 12
@@ -24,13 +25,13 @@ class Spending:
 
     Attributes:
         spent: ``{"releases", "epsilon_model", "epsilon_server"}`` of a past moment; None until the first one is there.
-        curve: releases → (ε_model, ε_server), for as many attempts.
+        curve: releases → (ε_model, ε_server), for as many attempts; ε_server is a word where it is not offered.
         problem: why there are none and will be none; empty as long as nothing went wrong.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, Any] | None = None
-        self.curve: dict[int, tuple[float, float]] = {}
+        self.curve: dict[int, tuple[float, float | str]] = {}
         self.problem = ""
         self._due: Future[None] | None = None
         self._next = self._cost = 0.0
@@ -68,9 +69,10 @@ class Spending:
             if self._missing(course):
                 self.update(course)
 
-    def _spent(self, releases: int, model: float, server: float) -> None:
+    def _spent(self, releases: int, model: float, server: float | str) -> None:
         if self.spent is not None:
-            model, server = max(model, self.spent["epsilon_model"]), max(server, self.spent["epsilon_server"])
+            model = max(model, self.spent["epsilon_model"])
+            server = server if isinstance(server, str) else max(server, self.spent["epsilon_server"])
         self.spent = {"releases": releases, "epsilon_model": model, "epsilon_server": server}
 
     def _missing(self, course: Course) -> list[int]:
@@ -80,20 +82,24 @@ class Spending:
         last = _ends_at(course)
         return sorted({round(last * (step / _POINTS) ** 2) for step in range(_POINTS + 1)} - self.curve.keys())
 
-    def _compute(self, fields: dict[str, float], releases: int, attempts: int, points: list[int]) -> None:
+    def _compute(self, fields: dict[str, Any], releases: int, attempts: int, points: list[int]) -> None:
         from common.privacy.budget import Account  # brings torch, which takes seconds
 
         start = time.thread_time()
         try:
             account = Account(**fields)
             if self.spent is None or self.spent["releases"] < releases:
-                self._spent(releases, account.epsilon_model(releases), account.epsilon_server(attempts))
+                self._spent(releases, account.epsilon_model(releases), _offered(account.epsilon_server(attempts)))
             for point in points:
-                figures = (account.epsilon_model(point), account.epsilon_server(point))
+                figures = (account.epsilon_model(point), _offered(account.epsilon_server(point)))
                 self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
         except (FedtopkError, MemoryError, *FOREIGN) as error:
             self.problem = f"ε cannot be computed from what the run recorded: {type(error).__name__} {error}."
         self._cost = time.thread_time() - start
+
+
+def _offered(epsilon: float | None) -> float | str:
+    return NOT_OFFERED if epsilon is None else epsilon
 
 
 def _ends_at(course: Course) -> int:

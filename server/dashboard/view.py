@@ -43,8 +43,10 @@ _LIVE = ("starting", "running", "paused")
 _RECENT = 20
 
 
-def quantity(value: float | None, digits: int = 4) -> str:
-    """A number for people: thousands in groups, and so many significant digits."""
+def quantity(value: float | str | None, digits: int = 4) -> str:
+    """A number for people: thousands in groups, and so many significant digits; a word in its place as it is."""
+    if isinstance(value, str):
+        return value
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):

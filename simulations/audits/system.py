@@ -102,6 +102,11 @@ def repetition(run: Settings, noise_multiplier: float, size: Size) -> System:
         raise PrivacyError(
             "Expected privacy.mechanism=skellam: a run without noise claims nothing that an audit could contradict."
         )
+    if run.privacy.mechanism == "tree":
+        raise PrivacyError(
+            "Expected privacy.mechanism=tree to be skellam: the audits' statistics are of noise that is independent in "
+            "each round."
+        )
     tree = run.model_dump()
     rounds = min(run.training.rounds, size.rounds)
     tree["data"] |= {

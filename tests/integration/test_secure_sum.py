@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,10 +20,13 @@ from common.messages import run_digest
 from common.model import initialise
 from common.offer import Offer
 from common.privacy.adaptive_clip import sent
-from common.privacy.encoding import Encoding, add_residues
+from common.privacy.budget import make_budget
+from common.privacy.encoding import Encoding, add_residues, decode
+from common.privacy.tree import CorrelatedNoise
 from common.settings import Settings, load_settings
 from server.cohort import release
 from server.nodes import Nodes
+from server.noise_key import SeededKey
 from server.sampling import draw_roster
 from server.secure_sum import SecureSum, Trust
 from simulations.client_app import client_app
@@ -160,6 +164,23 @@ def test_other_widths_the_hybrid_channel_slices_and_adaptive_clips(
     encoded = {(N, device): own_part(offer, population, N, device) for device in range(N)}
     total = cohort.sum_updates(offer, np.arange(N)).total
     np.testing.assert_array_equal(total, plain(offer, encoded, N, set(range(N)) - {4}))
+
+
+def test_the_servers_own_noise_is_added_to_the_same_sum(population: Population) -> None:
+    """`tree`: to the bit what plain aggregation releases, and without that noise the very sum of the updates."""
+    settings = settings_with(privacy__mechanism="tree", guard__trust_server=True)
+    offer = offer_of(settings)
+    budget = make_budget(settings, N, offer.encoding.dimension)
+    assert budget.tree is not None
+    noise = CorrelatedNoise(budget.tree, SeededKey(0)).of(offer.round)
+    offer = replace(offer, encoding=budget.encoding, server_noise=noise)
+    cohort, _, _ = secure(lambda kind, node: (kind, node) == ("train.upload", 4), settings)
+    encoded = {(N, device): own_part(offer, population, N, device) for device in range(N)}
+    total = cohort.sum_updates(offer, draw_roster(settings, offer.round, N)).total
+    np.testing.assert_array_equal(total, plain(offer, encoded, N, set(range(N)) - {4}))
+    bare = plain(replace(offer, server_noise=0 * noise), encoded, N, set(range(N)) - {4})
+    assert np.linalg.norm(bare) <= (N - 1) * 1.01
+    np.testing.assert_allclose(total - bare, decode(noise, budget.encoding, offer.signs), atol=1e-9)
 
 
 def test_a_device_brings_its_next_keys_with_its_last_answer() -> None:

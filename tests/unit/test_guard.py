@@ -57,6 +57,7 @@ TINY = (
     "privacy.delta=1e-4",
 )
 SETTINGS = load_settings(None, TINY)
+TURNS = load_settings(None, [*TINY, "privacy.mechanism=tree", "training.cohort_rate=0.2", "training.rounds=12"])
 POLICY = replace(Policy.of(SETTINGS), minimum_cohort=3, maximum_cohort=50, minimum_noise_multiplier=0.9)
 
 ADAPTIVE = load_settings(None, [*TINY, "privacy.clip_quantile=0.5", "guard.maximum_clip=2"])
@@ -181,6 +182,7 @@ OFFERS: dict[str, tuple[dict[str, Any], str]] = {
         {"settings": load_settings(None, [*TINY[:-2], "privacy.mechanism=none"])},
         "noise that nobody can reproduce",
     ),
+    "noise by a server that is not trusted": ({"settings": TURNS}, "with privacy.mechanism=tree the server adds it"),
     "an unknown authority": ({"authority": key_of(2**198)}, "certificate of device 0 to be of the authority"),
     "an unwilling device": ({"condition": lambda: "the battery is at 9 %."}, "battery is at 9 %"),
     "its own coin": ({"policy": replace(POLICY, own_coins=True)}, "its own coin did not fall for round 3"),
@@ -203,6 +205,43 @@ def test_contributions_are_counted_over_all_runs(tmp_path: Path) -> None:
     for run in (bytes(32), bytes([1]) * 32):
         world.store.charge(Charge.of(run, world.offer()).to_json().encode())
     assert "contributions=2 < 2" in world.share()
+
+
+def test_turns_are_kept_apart(tmp_path: Path) -> None:
+    """5 rounds at least, whether or not the upload before was of an attempt that released anything, and 3 in 12."""
+    assert Policy.of(TURNS).separation == 5 and Policy.of(TURNS).maximum_contributions == 3
+    policy = replace(Policy.of(TURNS), trust_server=True, minimum_cohort=3, minimum_noise_multiplier=0.9)
+    expected = {
+        1: "",
+        3: "round 7 to be 5 after round 3",
+        4: "round 7 to be 5 after round 4",
+        2: "",
+        7: "after round 7",
+    }
+    for number, (last, refusal) in enumerate(expected.items()):
+        terms = {"round": 7, "attempt": 2}
+        world = World(tmp_path / str(number), policy=policy, settings=TURNS, terms=terms, encoding={"variance": 0.0})
+        world.store.charge(Charge.of(world.run, replace(world.offer(), round=last, attempt=1)).to_json().encode())
+        other = Charge.of(bytes(32), replace(world.offer(), round=6))  # another run's rounds are not this one's
+        world.store.charge(other.to_json().encode())
+        found = world.share()
+        assert (refusal in found) if refusal else found == "", (last, found)
+    world.store.charge(other.to_json().encode())
+    assert "contributions=3 < 3" in world.share()
+    assert "the server may add" in policy.in_words()[-1] and "5 rounds from one" in policy.in_words()[-2]
+    bounded = World(
+        tmp_path / "bounded", replace(policy, maximum_epsilon_server=50.0), TURNS, encoding={"variance": 0.0}
+    )
+    assert "ε_server=inf ≤ 50" in bounded.share()
+
+
+def test_trust_in_a_server_is_not_its_own_to_propose(tmp_path: Path) -> None:
+    settings = load_settings(None, [*TINY, "privacy.mechanism=tree", "guard.trust_server=true"])
+    assert Policy.of(settings).trust_server and not Policy.proposed(settings).trust_server
+    assert Policy.proposed(SETTINGS) == Policy.of(SETTINGS)
+    world = World(tmp_path, policy=Policy.proposed(settings), settings=settings)
+    assert "which the policy's trust_server allows" in world.refusal("query.advertise", content_of(numbers("I", 3)))
+    assert with_changes(Policy.proposed(settings), "trust_server = true") == Policy.of(settings)
 
 
 def test_epsilon_of_all_servers_together_is_bounded(tmp_path: Path) -> None:

@@ -19,7 +19,11 @@ from server.store import Store, open_store, open_store_read_only
 
 
 def make_ledger(
-    store: Store, allowed: int | None = None, noise_multiplier: float = 1.5, repeatable: bool = False
+    store: Store,
+    allowed: int | None = None,
+    noise_multiplier: float = 1.5,
+    repeatable: bool = False,
+    once: bool = False,
 ) -> Ledger:
     ticks = count(100)
     return Ledger(
@@ -29,6 +33,7 @@ def make_ledger(
         allowed_releases=allowed,
         budget="ε_model=8 at δ=1e-05",
         repeatable=repeatable,
+        once=once,
         clock=lambda: float(next(ticks)),
     )
 
@@ -70,6 +75,21 @@ def test_states(ledger: Ledger) -> None:
 def test_empty_roster_releases_without_uploads(ledger: Ledger) -> None:
     ledger.released(1, ledger.reserve(1))
     assert counts(ledger) == (1, 0)
+
+
+def test_a_round_with_correlated_noise_is_released_once(store: Store) -> None:
+    ledger = make_ledger(store, once=True)
+    assert (ledger.reserve(1), ledger.reserve(1)) == (1, 2)  # nothing was released: the same noise serves again
+    ledger.uploaded(1, 2)
+    ledger.released(1, 2)
+    ledger.reserve(2)
+    before = ledger.entries()
+    with pytest.raises(RunError, match="Expected round 1 not to be released yet"):
+        make_ledger(store, once=True).reserve(1)  # by a process that goes on from too old a checkpoint
+    assert ledger.entries() == before
+    make_ledger(store, once=True).reconcile(2)
+    with pytest.raises(RunError, match="Expected round 2 not to be released yet"):
+        ledger.reserve(2)
 
 
 def test_retry_reuses_the_model_charge_but_not_the_server_charge(ledger: Ledger) -> None:
