@@ -360,7 +360,7 @@ class Settings(_Section):
                 if found != needed:
                     raise ValueError(
                         f"Expected {name}={found} to be {needed} with privacy.mechanism=tree: devices take turns, and "
-                        "the noise of a round takes back that of earlier ones on the same coordinates, in the same units."
+                        "a round's noise takes back that of earlier ones on the same coordinates, in the same units."
                     )
         if self.objective.slice_items == 1:
             raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
