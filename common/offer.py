@@ -11,7 +11,8 @@ import torch
 from common.candidates import Candidates, InBatch, draw_negatives, every_item, log_uniform, take_turns
 from common.errors import ProtocolError
 from common.item_slice import ItemSlice, slice_of
-from common.model import HEADS, Parameters, check_parameters, items_in, shapes
+from common.item_tables import formed
+from common.model import HEADS, Parameters, check_parameters, dimension_of, items_in, shapes
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
 from common.privacy.rotation import random_signs
@@ -90,7 +91,7 @@ def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Setting
     ordered = {name: arrays[name] for name in expected if name in arrays} | dict(arrays)
     parameters = {name: torch.from_numpy(array.copy()) for name, array in ordered.items()}
     check_parameters(parameters, expected)
-    dimension = sum(value.numel() for value in parameters.values())
+    dimension = dimension_of(settings, parameters)
     if terms.encoding.dimension != dimension:
         raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {dimension}.")
     offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings, item_slice)
@@ -121,7 +122,7 @@ def _drawn(settings: Settings, parameters: Parameters, round_: int) -> Candidate
     if source == "log-uniform":
         probability = log_uniform(items)
     else:
-        log_q = torch.log_softmax(parameters[HEADS["frequency"]].detach().squeeze(-1), 0)
+        log_q = torch.log_softmax(formed(parameters)[HEADS["frequency"]].detach().squeeze(-1), 0)
         if source == "in-batch":
             return InBatch(log_q)
         probability = log_q.double().exp().numpy()

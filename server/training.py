@@ -17,7 +17,7 @@ import torch
 
 from common.errors import Aborted, AggregationError, BudgetExceeded, FedtopkError
 from common.item_slice import cut, scatter, slice_of
-from common.model import Parameters, check_parameters, group_of, items_in, unflatten
+from common.model import Parameters, check_parameters, group_of, items_in, trained, unflatten
 from common.offer import Offer
 from common.privacy.budget import Budget
 from common.settings import Settings, TrainingSettings
@@ -214,7 +214,8 @@ class Training:
         before = {name: value.detach().clone() for name, value in self._model.items()}
         expected = self.settings.training.cohort_rate * self.cohort.devices
         mean = torch.from_numpy(cohort_sum.total / expected).float()
-        shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
+        parameters = trained(self.settings, offer.parameters)
+        shapes = {name: (value.shape[0], value.shape[1]) for name, value in parameters.items()}
         for name, gradient in scatter(unflatten(mean, shapes), offer.item_slice, self._model).items():
             self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
         for group in self._optimizer.param_groups:
