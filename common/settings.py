@@ -367,15 +367,15 @@ class Settings(_Section):
             )
         if self.objective.slice_items == 1:
             raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
-        if self.objective.slice_items and self.model.cell != "none" and not self.model.input_rows:
-            raise ValueError(
-                f"Expected model.input_rows=0 > 0 with objective.slice_items={self.objective.slice_items}: the cell's "
-                "table of items would still be as large as the catalogue."
-            )
         if self.objective.slice_items and self.model.items == "features":
             raise ValueError(
                 f"Expected objective.slice_items={self.objective.slice_items} to be 0 with model.items=features: what "
                 "is trained has no row per item."
+            )
+        if self.objective.slice_items and self.model.cell != "none" and not self.model.input_rows:
+            raise ValueError(
+                f"Expected model.input_rows=0 > 0 with objective.slice_items={self.objective.slice_items}: the cell's "
+                "table of items would still be as large as the catalogue."
             )
         if self.objective.softmax == "nce" and not self.model.whole:
             raise ValueError(

@@ -79,8 +79,8 @@ def synthetic(
     """Make `users` ≥ 1 histories over `items` ≥ 1 items.
 
     A history has SHORTEST to LONGEST different items at increasing times. Ratings are the half-stars inside
-    `rating_range`, about equally frequent over all pairs, and rise with the true preference up to noise. Public of an item
-    is which two traits are its most pronounced, and whether it has more or less of them than others.
+    `rating_range`, about equally frequent over all pairs, and rise with the true preference up to noise. Public of an
+    item is which two traits are its most pronounced, and whether it has more or less of them than others.
 
     Raises:
         DataError: `rating_range` holds no half-star.

@@ -16,7 +16,7 @@ from client.device import participate
 from common.errors import AggregationError
 from common.item_slice import cut, slice_of
 from common.messages import run_digest
-from common.model import initialise
+from common.model import dimension_of, initialise
 from common.offer import Offer
 from common.privacy.encoding import Encoding, add_residues
 from common.settings import Settings, load_settings
@@ -54,7 +54,7 @@ def offer_of(settings: Settings = SETTINGS, round_: int = 3, attempt: int = 1) -
     items = len(load(settings.data, seed=settings.training.seed).catalogue)
     item_slice = slice_of(settings, items, round_)
     parameters = cut(initialise(settings, items, torch.Generator().manual_seed(1)), item_slice)
-    dimension = sum(value.numel() for value in parameters.values())
+    dimension = dimension_of(settings, parameters)
     encoding = Encoding.choose(dimension, 1.0, 1.0, cohort=N, honest=0.7, bits=settings.aggregation.bits)
     return Offer(round_, attempt, parameters, encoding, settings, item_slice)
 
@@ -141,12 +141,15 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
 
 
 SLICED = {"objective__slice_items": 20, "model__input_rows": 16}
+FEWER = {"model__items": "features", "model__rank": 2, "training__frozen": "items"}
 
 
 @pytest.mark.parametrize(
-    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED]
+    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED, FEWER]
 )
-def test_other_widths_the_hybrid_channel_and_slices(change: dict[str, object], population: Population) -> None:
+def test_other_widths_the_hybrid_channel_slices_and_fewer_parameters(
+    change: dict[str, object], population: Population
+) -> None:
     settings = settings_with(**change)
     offer = offer_of(settings)
     cohort, _, _ = secure(lambda kind, node: (kind, node) == ("train.upload", 4), settings)
