@@ -45,6 +45,11 @@ class Offer:
         """Whether the warm-up rounds are over."""
         return self.round > self.settings.objective.warmup_rounds
 
+    @property
+    def dimension(self) -> int:
+        """d, how many of the parameters are trained: the length of an update."""
+        return dimension_of(self.settings, self.parameters)
+
     @cached_property
     def model(self) -> bytes:
         """32 bytes, the digest of the parameters: names, shapes and every bit of the numbers."""
@@ -91,10 +96,9 @@ def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Setting
     ordered = {name: arrays[name] for name in expected if name in arrays} | dict(arrays)
     parameters = {name: torch.from_numpy(array.copy()) for name, array in ordered.items()}
     check_parameters(parameters, expected)
-    dimension = dimension_of(settings, parameters)
-    if terms.encoding.dimension != dimension:
-        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {dimension}.")
     offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings, item_slice)
+    if terms.encoding.dimension != offer.dimension:
+        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {offer.dimension}.")
     if offer.model != terms.model:
         raise ProtocolError("Expected the model to be the one that the round was agreed on.")
     return offer

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from client.local_update import Gradients, compute_update
 from common.errors import AggregationError
-from common.model import Parameters, dimension_of, flatten, items_in, unflatten
+from common.model import Parameters, flatten, items_in, unflatten
 from common.objective import histogram
 from common.offer import Offer
 from common.privacy.clipping import clip_factor
@@ -108,7 +108,7 @@ class BatchedCohort:
 
     def clipped_sum(self, offer: Offer, members: np.ndarray) -> tuple[np.ndarray, dict[str, float | list[float]]]:
         """(d,) int64 the members' clipped sum in fixed point, before noise, and the means of their metrics."""
-        fixed = np.zeros(dimension_of(offer.settings, offer.parameters), np.int64)
+        fixed = np.zeros(offer.encoding.dimension, np.int64)
         blocks = list(self._compute(offer, members, fixed))
         for block in blocks:
             self._population.users[torch.from_numpy(block.devices)] = block.local_users
@@ -204,7 +204,7 @@ class _Pool:
 
     def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
         if self._executor is None:
-            self._start(offer, len(fixed))
+            self._start(offer)
         self._shared.copy_(flatten(offer.parameters))
         self._sums.zero_()
         # The parameters travel through shared memory, not with every job.
@@ -221,10 +221,10 @@ class _Pool:
             fixed += sums
         return blocks
 
-    def _start(self, offer: Offer, dimension: int) -> None:
+    def _start(self, offer: Offer) -> None:
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
         self._shared = _shared(flatten(offer.parameters))
-        self._sums = _shared(torch.zeros(self._workers, dimension, dtype=torch.int64))
+        self._sums = _shared(torch.zeros(self._workers, offer.encoding.dimension, dtype=torch.int64))
         context = multiprocessing.get_context("spawn")
         slots = context.SimpleQueue()
         for slot in range(self._workers):

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from common.errors import AggregationError, RunError
-from common.model import Parameters, dimension_of
+from common.model import Parameters
 from common.offer import Offer
 from simulations.batched_cohort import Block, Job, compute_block
 from simulations.processes import keep_freed_memory
@@ -83,5 +83,5 @@ def _shard(light: Offer, parameters: dict[str, np.ndarray], jobs: Sequence[Job])
     keep_freed_memory()
     shared: Parameters = {name: torch.from_numpy(value.copy()) for name, value in parameters.items()}
     offer = replace(light, parameters=shared)
-    fixed = np.zeros(dimension_of(offer.settings, shared), np.int64)
+    fixed = np.zeros(offer.encoding.dimension, np.int64)
     return fixed, [compute_block(offer, *job, fixed) for job in jobs]
