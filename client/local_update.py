@@ -22,7 +22,8 @@ from client.local_loss import At, Loss, Steps, states_at, steps_between
 from common.candidates import Candidates
 from common.ghost import Gradient
 from common.item_slice import ItemSlice
-from common.model import Parameters, group_of
+from common.item_tables import by_parts, formed
+from common.model import Parameters, group_of, trained
 from common.recurrence import Recurrence
 from common.settings import GroupScale, Settings
 from common.tape import Tape
@@ -64,28 +65,28 @@ def compute_update(
     """Steps 1 to 3 for B devices.
 
     Args:
-        parameters: the round's shared parameters.
+        parameters: the round's shared parameters; the update is of those that are trained.
         trajectories: the devices' windows.
         users: (B, w) the devices' embeddings.
         candidates: what the round's softmax is normalised over.
         warm: whether the warm-up rounds are over.
         item_slice: the items that the heads have rows for; steps with other items are in no loss. None: all.
     """
-    loss = Loss(settings, candidates, warm, item_slice)
-    recording = Recurrence(settings.model).record(parameters, trajectories.items, trajectories.rewards)
-    users = _adapt(loss, parameters, recording.states, trajectories, users)
+    loss, tables = Loss(settings, candidates, warm, item_slice), formed(parameters)
+    recording = Recurrence(settings.model).record(tables, trajectories.items, trajectories.rewards)
+    users = _adapt(loss, tables, recording.states, trajectories, users)
     if settings.training.local_steps > 1:
         return _several_steps(loss, parameters, trajectories, users)
     tape, states = Tape(), recording.states.requires_grad_()
     at, steps = _newer(loss, trajectories)
-    per_user, _, metrics = loss.shared(parameters, states_at(states, at), steps, users, tape)
+    per_user, _, metrics = loss.shared(tables, states_at(states, at), steps, users, tape)
     outputs = [output for use in tape.uses for output in use.outputs]
     wanted, *deltas = torch.autograd.grad(per_user.sum(), [states, *outputs], allow_unused=True, materialize_grads=True)
     rest = iter(deltas)
     with torch.no_grad():
         heads = [(use.weight, use.gradient(*(next(rest) for _ in use.outputs))) for use in tape.uses]
-    shapes = {name: value.shape for name, value in parameters.items()}
-    uses = recording.backward(wanted) + heads
+        uses = by_parts(trained(settings, parameters), parameters, recording.backward(wanted) + heads)
+    shapes = {name: value.shape for name, value in trained(settings, parameters).items()}
     return LocalUpdate(_GhostGradients(uses, shapes, settings.privacy.group_scale), users, metrics)
 
 
@@ -100,11 +101,11 @@ def losses_of(
 ) -> tuple[Tensor, Tensor]:
     """(B,) the losses whose gradients :func:`compute_update` takes, differentiable by the parameters, and (B, w) the
     adapted embeddings: for training that is not federated. Arguments as there."""
-    loss = Loss(settings, candidates, warm, item_slice)
-    states = Recurrence(settings.model).run(parameters, trajectories.items, trajectories.rewards)
-    users = _adapt(loss, parameters, states.detach(), trajectories, users)
+    loss, tables = Loss(settings, candidates, warm, item_slice), formed(parameters)
+    states = Recurrence(settings.model).run(tables, trajectories.items, trajectories.rewards)
+    users = _adapt(loss, tables, states.detach(), trajectories, users)
     at, steps = _newer(loss, trajectories)
-    per_user, _, _ = loss.shared(parameters, states_at(states, at), steps, users, None)
+    per_user, _, _ = loss.shared(tables, states_at(states, at), steps, users, None)
     return per_user, users
 
 
@@ -158,15 +159,17 @@ def _several_steps(loss: Loss, parameters: Parameters, trajectories: Trajectorie
         own: Parameters, log_start: Tensor | None, *device: Tensor
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         items, rewards, index, user, *steps = (value.unsqueeze(0) for value in device)
-        states = recurrence.run(own, items, rewards)
+        tables = formed({name: own.get(name, value) for name, value in parameters.items()})
+        states = recurrence.run(tables, items, rewards)
         start = None if log_start is None else log_start.unsqueeze(0)
-        per_user, log_pi, metrics = loss.shared(own, states_at(states, index), Steps(*steps), user, None, start)
+        per_user, log_pi, metrics = loss.shared(tables, states_at(states, index), Steps(*steps), user, None, start)
         return per_user.sum(), (log_pi.squeeze(0), metrics)
 
     steps = (query.items, query.rewards, query.returns, query.mask)
     arguments = (trajectories.items, trajectories.rewards, at, users, *steps)
-    own = {name: value.expand(len(users), *value.shape) for name, value in parameters.items()}
-    path = {name: torch.zeros(len(users), *value.shape) for name, value in parameters.items()}
+    shared = trained(loss.settings, parameters)
+    own = {name: value.expand(len(users), *value.shape) for name, value in shared.items()}
+    path = {name: torch.zeros(len(users), *value.shape) for name, value in shared.items()}
     log_start: Tensor | None = None
     metrics: dict[str, Tensor] = {}
     for _ in range(training.local_steps):

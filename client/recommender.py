@@ -25,6 +25,7 @@ from client.device_store import DeviceStore
 from client.local_update import adapt_users
 from common.catalogue import Catalogue
 from common.errors import ModelError
+from common.item_tables import formed
 from common.model import HEADS, Parameters, check_parameters, condition, policy_weight, queries, shapes
 from common.recurrence import Recurrence
 from common.settings import Settings
@@ -136,10 +137,11 @@ class Recommender:
 
     def __init__(self, settings: Settings, parameters: Parameters, catalogue: Catalogue) -> None:
         self._settings = settings
-        self._parameters = parameters
+        self._shared, self._parameters = parameters, formed(parameters)
         self._catalogue = catalogue
         head = settings.serving_head
-        self._weight = policy_weight(settings, parameters) if head == "policy" else parameters[HEADS[head]]
+        tables = self._parameters
+        self._weight = policy_weight(settings, tables) if head == "policy" else tables[HEADS[head]]
         self.digest = self._digest()
 
     def catch_up(self, store: DeviceStore) -> State:
@@ -210,8 +212,8 @@ class Recommender:
         """32 bytes for all that states depend on: the cell and its parameters, the catalogue, the rewards' range."""
         settings = self._settings
         content = hashlib.sha256(f"{settings.model!r} {settings.data.rating_range} {settings.training.window}".encode())
-        for name, value in self._parameters.items():
-            if name.startswith(("items", "cell")):
+        for name, value in self._shared.items():
+            if name.startswith(("items", "cell", "features")):
                 content.update(value.contiguous().numpy().tobytes())
         content.update("\0".join(self._catalogue.index).encode())
         return content.digest()

@@ -15,10 +15,12 @@ class Catalogue:
     Attributes:
         ids: (A,) strings, the items' names in the source, unique.
         titles: (A,) strings for people; the id again where the source has no title.
+        labels: (A,) public labels of each item, such as genres, separated by ``|``; None where the source has none.
     """
 
     ids: np.ndarray
     titles: np.ndarray
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -6,7 +6,7 @@ with the authority's public key.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,7 @@ class Invitation:
         authority: hexadecimal, the enrolment authority's public key.
         publisher: hexadecimal, the public key that models are signed with.
         items: id and title of each item, in the catalogue's order.
+        labels: public labels of each item, as of :class:`common.catalogue.Catalogue`; empty where there are none.
         settings: of the runs to come, as TOML; a device derives its policy from them unless its owner has another one.
     """
 
@@ -36,6 +37,7 @@ class Invitation:
     publisher: str
     items: list[tuple[str, str]]
     settings: str
+    labels: list[str] = field(default_factory=list)
 
     @classmethod
     def parse(cls, text: str | bytes) -> "Invitation":
@@ -57,6 +59,10 @@ class Invitation:
             raise DataError(f"Expected an invitation, as `fedtopk server init` writes it: {error}.") from None
         if len({item for item, _ in found.items}) != len(found.items) or not found.items:
             raise DataError("Expected the items of an invitation to be different, and some.")
+        if len(found.labels) not in (0, len(found.items)):
+            raise DataError(
+                f"Expected the {len(found.labels)} labels of an invitation to be as many as its items, or none."
+            )
         return found
 
     @property
@@ -68,7 +74,8 @@ class Invitation:
     def catalogue(self) -> Catalogue:
         """The items."""
         ids, titles = zip(*self.items, strict=True)
-        return Catalogue(np.array(ids, object), np.array(titles, object))
+        labels = np.array(self.labels, object) if self.labels else None
+        return Catalogue(np.array(ids, object), np.array(titles, object), labels)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)

@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.item_tables import FACTORS
 from common.model import HEADS, Parameters
 from common.privacy.randomness import seeded_stream
 from common.secagg.identity import digest
 from common.settings import Settings
 
-_SLICED = frozenset(HEADS.values())
+_SLICED = frozenset(name for table in HEADS.values() for name in (table, f"{table}.{FACTORS}"))
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,18 @@ parameter                shape          use
 The cell reads x = [u_a, ρ u_a, ρ] with ρ = reward/5, 2m+1 numbers: a liked and a disliked item of the same kind must be
 able to move the state in opposite directions, which no sum of u_a and ρ can. Without `model.ratings` it reads x = u_a,
 m numbers. R is A, or `model.input_rows`, which items then share (:func:`input_rows`). Of the last four those are
-present that the objective needs (:attr:`common.settings.Settings.heads`).
+present that the objective needs (:attr:`common.settings.Settings.heads`). With fewer shared numbers than that the
+tables with a row per item are made of parts (:mod:`common.item_tables`), of which the functions below take what
+:func:`common.item_tables.formed` makes. All but the fixed features and `training.frozen` are trained and uploaded
+(:func:`trained`).
 
 The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
 moves does not have to replay its history, and one new interaction advances the state in O(1).
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,11 +39,13 @@ from torch import Tensor
 
 from common.candidates import log_uniform
 from common.errors import ModelError
-from common.settings import Head, ModelSettings, Settings
+from common.features import ORDER_COLUMNS, order_knots
+from common.item_tables import FACTORS, FEATURES, LOADINGS, parts_of
+from common.settings import Group, Head, ModelSettings, Settings
 from common.tape import Dense, Tape
 
 Parameters = dict[str, Tensor]
-Group = Literal["items", "cell", "policy", "behaviour", "critic"]
+_Value = TypeVar("_Value")
 
 HEADS: dict[Head, str] = {
     "policy": "policy.embedding",
@@ -58,12 +64,14 @@ def shapes(settings: Settings, items: int) -> dict[str, tuple[int, int]]:
     if model.cell != "none":
         candidate = x if model.cell == "cfn" else x + 1 + n
         recurrent = {
-            "items.embedding": (model.input_rows or items, model.input_width),
+            **parts_of(model, "items.embedding", model.input_rows or items, model.input_width),
             "cell.gates": (2 * n, x + 1 + n),
             "cell.candidate": (n, candidate),
         }
         found = recurrent | found
-    return found | {HEADS[head]: (items, 1 if head == "frequency" else n + 1) for head in settings.heads}
+    for head in settings.heads:
+        found |= parts_of(model, HEADS[head], items, 1 if head == "frequency" else n + 1)
+    return found | ({FEATURES: (items, model.feature_width)} if model.items == "features" else {})
 
 
 def _inputs(model: ModelSettings) -> int:
@@ -91,7 +99,7 @@ KEEP_BIAS = 3.0
 
 
 def items_in(parameters: Parameters) -> int:
-    """A, the number of items: the rows of any head, and a head always comes last."""
+    """A, the number of items: the rows of any head's table or factors, or of the features: one always comes last."""
     return len(next(reversed(parameters.values())))
 
 
@@ -101,26 +109,53 @@ def group_of(name: str) -> Group:
     return "cell" if prefix == "user" else prefix  # type: ignore[return-value]
 
 
-def initialise(settings: Settings, items: int, generator: torch.Generator) -> Parameters:
+def trained(settings: Settings, parameters: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Of all parameters, or their shapes, those that are trained: what an update is made of, in this order."""
+    fixed = ("features", *settings.training.frozen)
+    return {name: value for name, value in parameters.items() if group_of(name) not in fixed}
+
+
+def dimension_of(settings: Settings, parameters: Parameters) -> int:
+    """d, the length of an update."""
+    return sum(value.numel() for value in trained(settings, parameters).values())
+
+
+def initialise(
+    settings: Settings, items: int, generator: torch.Generator, features: Tensor | None = None
+) -> Parameters:
     """Draw the initial parameters: fan-in scaled normals, biases 0 but for gates that start open.
 
     The heads' item embeddings start small, so that π and β start near the uniform distribution; frequencies start
-    log-uniform over the catalogue, which is in the order of falling frequency.
+    log-uniform over the catalogue, which is in the order of falling frequency. Whole tables or made of features and of
+    low rank, their entries start about as large; next to features what is of low rank starts at 0.
+
+    Args:
+        features: (A, f) of :func:`common.features.features_of`; None draws them, where a model has any.
     """
     parameters = {}
     for name, shape in shapes(settings, items).items():
         weight = torch.randn(shape, generator=generator)
-        if name.startswith(("cell", "user")):
+        table, _, part = name.rpartition(".")
+        if part == LOADINGS:
+            weight *= shape[0] ** -0.5
+        elif part == FACTORS and (settings.model.items == "features" or _silent(settings, table)):
+            weight *= 0
+        elif part == FACTORS:
+            weight *= _SPREAD["items" if table.startswith("items") else "heads"]
+        elif name == FEATURES:
+            weight = weight * shape[1] ** -0.5 if features is None else features
+        elif name.startswith(("cell", "user")):
             weight *= shape[1] ** -0.5
         elif name.startswith("items"):
-            weight *= 0.3
+            weight *= _SPREAD["items"]
         elif name == HEADS["frequency"]:
             weight = torch.from_numpy(np.log(log_uniform(items))).float().unsqueeze(-1)
+        elif table == HEADS["frequency"]:
+            weight *= 0
+            weight[:ORDER_COLUMNS, 0] = -torch.from_numpy(np.log1p(order_knots(items))).float()
         else:
-            weight *= 0.05
+            weight *= 0 if _silent(settings, name) or _silent(settings, table) else _SPREAD["heads"]
             # Noise contrast learns the normaliser: it starts where the masses of all items sum to 1.
-            if name == HEADS["policy"] and settings.objective.prior == "critic":
-                weight *= 0
             weight[:, -1] = -math.log(items) if settings.objective.softmax == "nce" and "critic" not in name else 0
         bias = _inputs(settings.model)
         if name == "cell.gates":
@@ -130,6 +165,15 @@ def initialise(settings: Settings, items: int, generator: torch.Generator) -> Pa
             weight[:, bias] = 0
         parameters[name] = weight
     return parameters
+
+
+_SPREAD = {"items": 0.3, "heads": 0.05}
+"""Standard deviations of what tables start with."""
+
+
+def _silent(settings: Settings, table: str) -> bool:
+    """Whether a table starts at 0: that of a policy on top of the critic."""
+    return table == HEADS["policy"] and settings.objective.prior == "critic"
 
 
 def check_parameters(parameters: Parameters, expected: dict[str, tuple[int, int]]) -> None:

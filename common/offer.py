@@ -12,7 +12,8 @@ import torch
 from common.candidates import Candidates, InBatch, draw_negatives, every_item, log_uniform, take_turns
 from common.errors import ProtocolError
 from common.item_slice import ItemSlice, slice_of
-from common.model import HEADS, Parameters, check_parameters, items_in, shapes
+from common.item_tables import formed
+from common.model import HEADS, Parameters, check_parameters, dimension_of, items_in, shapes
 from common.privacy.adaptive_clip import clip_of, sent
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
@@ -51,8 +52,8 @@ class Offer:
 
     @property
     def dimension(self) -> int:
-        """d, the number of the round's shared parameters."""
-        return sum(value.numel() for value in self.parameters.values())
+        """d, how many of the parameters are trained: the length of an update."""
+        return dimension_of(self.settings, self.parameters)
 
     @property
     def clip(self) -> float:
@@ -140,7 +141,7 @@ def _drawn(settings: Settings, parameters: Parameters, round_: int) -> Candidate
     if source == "log-uniform":
         probability = log_uniform(items)
     else:
-        log_q = torch.log_softmax(parameters[HEADS["frequency"]].detach().squeeze(-1), 0)
+        log_q = torch.log_softmax(formed(parameters)[HEADS["frequency"]].detach().squeeze(-1), 0)
         if source == "in-batch":
             return InBatch(log_q)
         probability = log_q.double().exp().numpy()

@@ -24,6 +24,8 @@ CLIP_RANGE = 1e4
 """How many times larger or smaller than the first one an adaptive clip may become."""
 Head = Literal["policy", "behaviour", "frequency", "critic"]
 Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k", "direct"]
+Group = Literal["items", "cell", "policy", "behaviour", "critic"]
+"""Of the shared parameters."""
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:
@@ -38,17 +40,27 @@ def _two_numbers(value: Any) -> tuple[float, float]:
     return low, high
 
 
+def _several(value: Any) -> Any:
+    """Of words: ``"items,cell"`` in Flower's flat configuration and on the command line stands for a list of two."""
+    if isinstance(value, str):
+        return tuple(filter(None, (word.strip() for word in value.split(","))))
+    return tuple(value) if isinstance(value, list) else value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Columns(_Section):
-    """Names of the columns of a csv or parquet file."""
+    """Names of the columns of a csv or parquet file; those of the items' public text are empty where there are none."""
 
     user: str = "userId"
     item: str = "movieId"
     rating: str = "rating"
     timestamp: str = "timestamp"
+    title: str = ""
+    labels: str = ""
+    """Genres, say, separated by ``|``."""
 
 
 class DataSettings(_Section):
@@ -77,6 +89,13 @@ class ModelSettings(_Section):
 
     cell: Literal["cfn", "gru", "none"] = "cfn"
     """`none` has no state: one policy for all but for the user embeddings."""
+    items: Literal["table", "features"] = "table"
+    """What the tables with a row per item are made of: numbers of each item's own, or public features of the items
+    (title, year, labels, place in the order of frequency) times trained numbers that all items share."""
+    feature_width: int = Field(64, ge=16, le=4096)
+    """Public features of an item."""
+    rank: int = Field(0, ge=0, le=4096)
+    """Rank of what is trained for each item: 0: full with `table`, nothing with `features`."""
     input_width: int = Field(32, ge=1, le=4096)
     input_rows: int = Field(0, ge=0, le=8192)
     """Rows of the cell's table of items: 0: one each; else items share so many by a public hash, in which the most
@@ -86,6 +105,24 @@ class ModelSettings(_Section):
     ratings: bool = True
     """Whether the cell reads ratings beside items; clicks, which are all alike, can do without."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each table of items is trained as it is."""
+        return self.items == "table" and not self.rank
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        widths = {"input_width": self.input_width, "state_width": self.state_width}
+        for name, width in widths.items():
+            if self.rank >= width:
+                raise ValueError(f"Expected model.rank={self.rank} < model.{name}={width}: full rank is model.rank=0.")
+        if self.items == "features" and self.input_rows:
+            raise ValueError(
+                f"Expected model.input_rows={self.input_rows} to be 0 with model.items=features: there are features "
+                "of items, not of rows that items share."
+            )
+        return self
 
 
 class ObjectiveSettings(_Section):
@@ -221,6 +258,8 @@ class TrainingSettings(_Section):
     schedule: Literal["constant", "cosine"] = "constant"
     """How the learning rate goes on from there: as it is, or down to 0 over the rounds along half a cosine."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    frozen: Annotated[tuple[Group, ...], BeforeValidator(_several)] = ()
+    """Groups of parameters that stay as they were drawn: neither trained nor uploaded, nor any part of the noise."""
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(10, ge=1)
 
@@ -364,11 +403,24 @@ class Settings(_Section):
                     )
         if self.objective.slice_items == 1:
             raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
+        if self.objective.slice_items and self.model.items == "features":
+            raise ValueError(
+                f"Expected objective.slice_items={self.objective.slice_items} to be 0 with model.items=features: what "
+                "is trained has no row per item."
+            )
         if self.objective.slice_items and self.model.cell != "none" and not self.model.input_rows:
             raise ValueError(
                 f"Expected model.input_rows=0 > 0 with objective.slice_items={self.objective.slice_items}: the cell's "
                 "table of items would still be as large as the catalogue."
             )
+        if self.objective.softmax == "nce" and not self.model.whole:
+            raise ValueError(
+                "Expected objective.softmax=nce only with model.items=table and model.rank=0: it starts from biases of "
+                "its own for each item."
+            )
+        groups = {"behaviour" if head == "frequency" else head for head in self.heads} | {"cell"}
+        if groups | ({"items"} if self.model.cell != "none" else set()) <= set(self.training.frozen):
+            raise ValueError(f"Expected training.frozen={','.join(self.training.frozen)} to leave a group to train.")
         if self.training.local_steps == 1:
             idle = {"trust_region": "start", "reuse": "importance", "clip_ratio": self.objective.clip_ratio}
             for name, active in idle.items():
@@ -550,5 +602,7 @@ def _explain(detail: Any) -> str:
     return f"Expected {key}={value!r}: {message[0].lower()}{message[1:]}."
 
 
-_TYPES = {key: type(value) for key, value in Settings().flat().items() if key != "data.rating_range"}
+_LISTS = ("data.rating_range", "training.frozen")
+
+_TYPES = {key: type(value) for key, value in Settings().flat().items() if key not in _LISTS}
 """Every setting with the type of its default."""

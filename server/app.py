@@ -9,6 +9,7 @@ from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from common.errors import FedtopkError, SettingsError
 from common.messages import run_digest
@@ -44,6 +45,7 @@ class Deployment:
         timeout: seconds that a device has for an answer.
         deliver: whether devices get the last model, to recommend with.
         population: the ledger of all runs over these devices; the budget is then what all of them may spend.
+        features: of the items, for a model that is made of them.
     """
 
     items: int
@@ -54,6 +56,7 @@ class Deployment:
     timeout: float = _TIMEOUT_SECONDS
     deliver: bool = False
     population: PopulationLedger | None = None
+    features: Tensor | None = None
 
 
 def make_app(deploy: Callable[[Settings], Deployment]) -> ServerApp:
@@ -114,7 +117,9 @@ def serve(
 
         cohort = SecureSum(nodes, settings, run, deployment.trust, record)
         deployment.gather(nodes, cohort)
-        training = open_training(settings, folder, store, cohort, deployment.items, deployment.population)
+        training = open_training(
+            settings, folder, store, cohort, deployment.items, deployment.population, deployment.features
+        )
         if resume:
             training.resume()
         outcome = training.run(should_stop, on_round)

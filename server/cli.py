@@ -94,7 +94,8 @@ def server_init(
     address: Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="Where devices connect to.")],
     authority: Annotated[str, typer.Option("--authority", help="The enrolment authority's public key.")],
     catalogue: Annotated[
-        Path, typer.Option("--catalogue", metavar="CSV", help="The public items, most frequent first: item, title.")
+        Path,
+        typer.Option("--catalogue", metavar="CSV", help="The public items, most frequent first: item, title, labels."),
     ],
     config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting.")] = None,

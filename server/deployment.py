@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from common.errors import RunError
+from common.features import features_of
 from common.flower_tasks import quiet
 from common.model import Parameters
 from server.app import Deployment, expect_secure, serve
@@ -107,6 +108,7 @@ def run_server(
             service.timeout,
             deliver=True,
             population=population,
+            features=features_of(settings.model, site.catalogue),
         )
         report = serve(
             grid, run_id, settings, folder, deployment, resume=resume, should_stop=should_stop, on_round=told

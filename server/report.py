@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from common.model import dimension_of
 from server.events import clips_of
 from server.training import Outcome, Training
 
@@ -27,7 +28,7 @@ def build_report(
         report["reason"] = outcome.reason
     if outcome.client_updates:
         report["client_updates_per_second"] = round(outcome.client_updates / outcome.seconds, 1)
-    report["parameters"] = sum(value.numel() for value in outcome.parameters.values())
+    report["parameters"] = dimension_of(training.settings, outcome.parameters)
     report["privacy"] = training.budget.statement(training.ledger.model_releases, training.ledger.attempts)
     if population:
         report["privacy"]["population"] = population

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import RunError
 from common.item_slice import cut, slice_of
-from common.model import initialise
+from common.model import dimension_of, initialise
 from common.privacy.budget import make_budget
 from common.privacy.tree import CorrelatedNoise, Tree
 from common.settings import Settings
@@ -34,12 +35,14 @@ def open_training(
     cohort: Cohort,
     items: int,
     population: PopulationLedger | None = None,
+    features: Tensor | None = None,
 ) -> Training:
     """A training at its first round, with the model drawn from `training.seed`; the log says what it is of.
 
     Args:
         items: A, the size of the catalogue.
         population: the ledger of the population's whole life, in which all that the run may spend is reserved here.
+        features: of the items (:func:`common.features.features_of`), for a model that is made of them.
 
     Raises:
         BudgetExceeded: other runs over the population have spent the target.
@@ -48,8 +51,8 @@ def open_training(
     events = Events(store, time.time)
     begun = next(iter(events.read(kinds=[MECHANISM])), None)
     generator = torch.Generator().manual_seed(settings.training.seed)
-    parameters = initialise(settings, items, generator)
-    dimension = sum(value.numel() for value in cut(parameters, slice_of(settings, items, 1)).values())
+    parameters = initialise(settings, items, generator, features)
+    dimension = dimension_of(settings, cut(parameters, slice_of(settings, items, 1)))
     others = population.others(events.origin) if population else None
     begun_with = begun.fields["noise_multiplier"] if begun else None
     budget = make_budget(settings, cohort.devices, dimension, others, begun_with)

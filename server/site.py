@@ -74,6 +74,7 @@ class Site:
             publisher=publisher.public_key().public_bytes_raw().hex(),
             items=[(str(item), str(title)) for item, title in zip(catalogue.ids, catalogue.titles, strict=True)],
             settings=settings.to_toml(),
+            labels=[] if catalogue.labels is None else [str(row) for row in catalogue.labels],
         )
         make_folder(path / ENROLMENTS)
         for name, text in ((INVITATION, invitation.to_json()), (SETTINGS, settings.to_toml())):
@@ -139,7 +140,7 @@ class Site:
 
 
 def read_catalogue(path: Path) -> Catalogue:
-    """A catalogue from a csv file with the columns item and title (or item alone), most frequent first.
+    """A catalogue from a csv file with the columns item, title and labels (or item alone), most frequent first.
 
     Raises :class:`DataError`.
     """
@@ -151,4 +152,6 @@ def read_catalogue(path: Path) -> Catalogue:
     ids = [row.get("item") or "" for row in rows]
     if not all(ids) or len(set(ids)) != len(ids) or not ids:
         raise DataError(f"Expected {path} to have a column item with a different item in every line.")
-    return Catalogue(np.array(ids, object), np.array([row.get("title") or row["item"] for row in rows], object))
+    titles = [row.get("title") or row["item"] for row in rows]
+    labels = [row.get("labels") or "" for row in rows]
+    return Catalogue(np.array(ids, object), np.array(titles, object), np.array(labels, object) if any(labels) else None)

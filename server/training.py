@@ -17,7 +17,7 @@ import torch
 
 from common.errors import Aborted, AggregationError, BudgetExceeded, FedtopkError
 from common.item_slice import cut, scatter, slice_of
-from common.model import Parameters, check_parameters, group_of, items_in, unflatten
+from common.model import Parameters, check_parameters, group_of, items_in, trained, unflatten
 from common.offer import Offer
 from common.privacy.adaptive_clip import AdaptiveClip, at, share_within
 from common.privacy.budget import Budget
@@ -230,7 +230,8 @@ class Training:
         before = {name: value.detach().clone() for name, value in self._model.items()}
         update = cohort_sum.total[: offer.dimension]
         mean = torch.from_numpy(update / (self._expected * self._unit(offer))).float()
-        shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
+        parameters = trained(self.settings, offer.parameters)
+        shapes = {name: (value.shape[0], value.shape[1]) for name, value in parameters.items()}
         for name, gradient in scatter(unflatten(mean, shapes), offer.item_slice, self._model).items():
             self._model[name].grad = gradient / getattr(self.settings.privacy.group_scale, group_of(name))
         for group in self._optimizer.param_groups:

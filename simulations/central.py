@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from client.local_update import losses_of
+from common.features import features_of
 from common.item_slice import cut, slice_of
-from common.model import check_parameters, initialise, shapes
+from common.model import check_parameters, initialise, shapes, trained
 from common.offer import candidates_of
 from common.settings import Settings
 from common.threads import one_thread
@@ -40,9 +41,10 @@ def train_centrally(
         ModelError: training diverged.
     """
     training, population, items = settings.training, Population(settings, histories), len(histories.catalogue)
-    parameters = initialise(settings, items, torch.Generator().manual_seed(training.seed))
+    generator, features = torch.Generator().manual_seed(training.seed), features_of(settings.model, histories.catalogue)
+    parameters = initialise(settings, items, generator, features)
     model = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
-    optimizer = make_optimizer(training, list(model.values()))
+    optimizer = make_optimizer(training, list(trained(settings, model).values()))
     batches = _shuffled(len(population), batch or round(training.cohort_rate * len(population)), training.seed)
     for step in range(1, 1 + (training.rounds if steps is None else steps)):
         devices = next(batches)
@@ -57,9 +59,9 @@ def train_centrally(
         losses.mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         population.users[devices] = users
-    trained = {name: value.detach() for name, value in model.items()}
-    check_parameters(trained, shapes(settings, items))
-    return Trained(settings, trained, population)
+    last = {name: value.detach() for name, value in model.items()}
+    check_parameters(last, shapes(settings, items))
+    return Trained(settings, last, population)
 
 
 def _shuffled(users: int, batch: int, seed: int) -> Iterator[np.ndarray]:

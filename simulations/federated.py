@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from common.features import features_of
 from common.model import Parameters
 from common.settings import Settings
 from server.run import open_training
@@ -40,6 +41,8 @@ def train(
     with TemporaryDirectory() as scratch:
         folder = RunFolder(Path(scratch))
         with open_store(folder.path, durable=False) as store, BatchedCohort(population, workers) as cohort:
-            training = open_training(settings, folder, store, cohort, items=len(histories.catalogue))
+            features = features_of(settings.model, histories.catalogue)
+            items = len(histories.catalogue)
+            training = open_training(settings, folder, store, cohort, items, features=features)
             outcome = training.run(lambda: False, lambda progress: on_round(progress, population))
     return Trained(settings, outcome.parameters, population)

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.model import HEADS, condition, initialise, queries
+from common.features import features_of
+from common.item_tables import formed
+from common.model import HEADS, condition, initialise, queries, trained
 from common.recurrence import Recurrence
 from common.settings import Settings
 from common.threads import one_thread
@@ -31,19 +33,21 @@ def train_on_truth(settings: Settings, histories: Interactions, world: World) ->
     """
     training, population = settings.training, Population(settings, histories)
     items = len(histories.catalogue)
-    drawn = initialise(settings, items, torch.Generator().manual_seed(training.seed))
+    features = features_of(settings.model, histories.catalogue)
+    drawn = initialise(settings, items, torch.Generator().manual_seed(training.seed), features)
     model = {name: torch.nn.Parameter(value) for name, value in drawn.items()}
-    optimizer = make_optimizer(training, list(model.values()))
+    optimizer = make_optimizer(training, list(trained(settings, model).values()))
     generator = np.random.default_rng([_ORDER, training.seed])
     batch = max(1, round(training.cohort_rate * len(population)))
     for step in range(training.rounds):
         devices = generator.choice(len(population), batch, replace=False)
         windows = population.windows(step + 1, devices)
-        states = Recurrence(settings.model).run(dict(model), windows.items, windows.rewards)
+        tables = formed(dict(model))
+        states = Recurrence(settings.model).run(tables, windows.items, windows.rewards)
         at = generator.integers(0, windows.lengths.numpy()[:, None] + 1, (batch, _STEPS_OF_A_USER))
         chosen = states.gather(1, torch.from_numpy(at).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        conditioned = condition(dict(model), chosen, population.users[devices], None)
-        logits = queries(conditioned, settings.model.temperature) @ model[HEADS["critic"]].T
+        conditioned = condition(tables, chosen, population.users[devices], None)
+        logits = queries(conditioned, settings.model.temperature) @ tables[HEADS["critic"]].T
         truth = torch.from_numpy(world.likes(devices)).unsqueeze(1).expand_as(logits)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)

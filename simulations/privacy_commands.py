@@ -13,6 +13,7 @@ from common.console import FormatOption, answer, stderr
 from common.errors import RunError
 from common.privacy import NOT_OFFERED
 from server.cli import PassphraseOption, read_passphrase
+from simulations.options import ConfigOption, SetOption
 
 privacy_app = typer.Typer(help="Plan a budget; state and verify what was spent.", no_args_is_help=True)
 
@@ -20,27 +21,45 @@ privacy_app = typer.Typer(help="Plan a budget; state and verify what was spent."
 @privacy_app.command()
 def plan(
     users: Annotated[int, typer.Option("--users", help="N, devices in all.")],
-    cohort: Annotated[int, typer.Option("--cohort", help="Expected devices in a round.")],
-    rounds: Annotated[int, typer.Option("--rounds", help="T, releases of the model.")],
+    cohort: Annotated[
+        int | None, typer.Option("--cohort", help="Expected devices in a round; by default training.cohort_rate.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="T, releases of the model; by default training.rounds.")
+    ] = None,
     epsilon: Annotated[
-        float, typer.Option("--epsilon", help="Target of ε_model: a user added or removed, who sees every model.")
-    ],
-    delta: Annotated[float, typer.Option("--delta", help="δ of both figures; by default N^-1.1.")] = 0.0,
+        float | None,
+        typer.Option(
+            "--epsilon",
+            help="Target of ε_model, a user added or removed, who sees every model; by default privacy.target_epsilon.",
+        ),
+    ] = None,
+    delta: Annotated[
+        float, typer.Option("--delta", help="δ of both figures; by default privacy.delta, or N^-1.1.")
+    ] = 0.0,
     parameters: Annotated[int, typer.Option("--parameters", help="Shared numbers; by default the model's.")] = 0,
+    config: ConfigOption = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="F.png", help="Draw the curve, too.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a setting.")] = None,
+    overrides: SetOption = None,
     format: FormatOption = "text",
 ) -> None:
-    """Say what a target of ε_model costs before anything is trained: noise, both ε, signal, verdict and levers."""
+    """Say what a target of ε_model costs before anything is trained: parameters, bytes, noise, both ε, signal, verdict
+    and levers."""
     from common.privacy.planning import make_curve, make_plan
+    from common.settings import load_settings
 
     if picture is not None:
         from server.durable import make_folder, replacing
         from simulations.privacy_picture import draw
 
         make_folder(picture.parent)
+    settings = load_settings(config, overrides or [])
+    cohort = max(1, round(settings.training.cohort_rate * users)) if cohort is None else cohort
+    rounds = settings.training.rounds if rounds is None else rounds
+    epsilon = settings.privacy.target_epsilon if epsilon is None else epsilon
+    delta = delta or settings.privacy.delta
     with stderr.status("accounting"):
-        found = make_plan(users, cohort, rounds, epsilon, delta, parameters, overrides or [])
+        found = make_plan(users, cohort, rounds, epsilon, delta, parameters, overrides or [], config)
         if picture is not None:
             with replacing(picture) as temporary:
                 draw(make_curve(found), found, temporary)
@@ -125,16 +144,27 @@ def figures_text(figures: dict[str, Any]) -> str:
 
 
 def _plan_text(found: dict[str, Any]) -> Group:
-    table = Table("what would change it", "signal-to-noise")
+    table = Table("what would change it", "parameters", "signal-to-noise")
     for lever in found["levers"]:
-        table.add_row(lever["change"], f"{lever['signal_to_noise']:.2g}")
+        parameters = f"{lever['parameters']:,}" if "parameters" in lever else ""
+        table.add_row(lever["change"], parameters, f"{lever['signal_to_noise']:.2g}")
     return Group(
         found["verdict"],
+        *([_sizes_text(found)] if "groups" in found else []),
+        f"{found['parameters']:,} parameters are uploaded, {found['bytes_up']:,} bytes of a device in a round"
+        + (f"; the model that it is sent has {found['bytes_down']:,}" if "bytes_down" in found else ""),
         f"noise multiplier {found['noise_multiplier']:.4g}, signal-to-noise {found['signal_to_noise']:.2g}: an upper "
         "estimate, as if every round's update pointed the same way",
         figures_text(found),
         table,
     )
+
+
+def _sizes_text(found: dict[str, Any]) -> Table:
+    table = Table("group", "trained and uploaded", "fixed")
+    for name, numbers in found["groups"].items():
+        table.add_row(name, f"{numbers['trained']:,}", f"{numbers['fixed']:,}")
+    return table
 
 
 def _verification_text(found: dict[str, Any]) -> Group:

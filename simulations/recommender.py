@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from client.local_update import adapt_users
+from common.item_tables import formed
 from common.model import HEADS, Parameters, condition, policy_weight, queries
 from common.recurrence import Recurrence
 from common.settings import Head, Settings
@@ -25,10 +26,10 @@ class PolicyScorer:
 
     def __init__(self, settings: Settings, parameters: Parameters, users: Tensor, head: Head | None = None) -> None:
         self._settings = settings
-        self._parameters = parameters
+        self._parameters = tables = formed(parameters)
         self._users = users
         head = head or settings.serving_head
-        self._weight = policy_weight(settings, parameters) if head == "policy" else parameters[HEADS[head]]
+        self._weight = policy_weight(settings, tables) if head == "policy" else tables[HEADS[head]]
 
     def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
         """(B, A) logits of the head after the last interaction of each user's history."""

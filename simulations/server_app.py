@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common.features import features_of
 from common.model import Parameters
 from common.settings import Settings
 from server.app import Deployment, make_app
@@ -26,7 +27,7 @@ def _deploy(settings: Settings) -> Deployment:
     def gather(nodes: Nodes, cohort: SecureSum) -> None:
         cohort.find(settings.data.users or None, len(population))
 
-    return Deployment(len(catalogue), trust, gather, evaluate)
+    return Deployment(len(catalogue), trust, gather, evaluate, features=features_of(settings.model, catalogue))
 
 
 server_app = make_app(_deploy)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import SettingsError
+from common.features import features_of
 from common.model import Parameters
 from common.settings import Settings
 from server.cohort import Cohort
@@ -73,9 +74,10 @@ def simulate(
     data = load_split(settings)
     for sentence in (*data.notes, *_cautions(settings, data.train.users)):
         watch.note(sentence)
-    population = Population(settings, data.train)
+    population, catalogue = Population(settings, data.train), data.train.catalogue
     with folder.open(settings, resume) as store, _cohort(settings, population, workers, cluster) as cohort:
-        training = open_training(settings, folder, store, cohort, len(data.train.catalogue), population_ledger)
+        features = features_of(settings.model, catalogue)
+        training = open_training(settings, folder, store, cohort, len(catalogue), population_ledger, features)
         bounds = {name: bounds_of(name, settings.objective.slate_size).tolist() for name in HISTOGRAMS}
         training.events.record("simulated", bounds=bounds)
         if resume:

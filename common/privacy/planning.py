@@ -5,15 +5,17 @@ uses. Unit: one user. Tests: ``tests/unit/test_planning.py``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from common.errors import PrivacyError
-from common.model import shapes
+from common.errors import PrivacyError, SettingsError
 from common.privacy.accounting import default_delta, epsilon_model_pld, rough_multiplier
 from common.privacy.budget import Budget, make_budget
 from common.privacy.tree import best_band, coefficients, error_of_total, participations
+from common.secagg.packing import packed_bytes
 from common.settings import Settings, load_settings
+from common.sizes import sizes_of
 
 ALIGNMENT = 0.24
 """α: the norm of the mean clipped update over C in a round, of which .21 to .26 were measured on MovieLens."""
@@ -61,12 +63,27 @@ def correlation_gain(separation: int, rounds: int) -> float:
 
 def default_parameters() -> int:
     """d of the default model over the default catalogue."""
-    settings = Settings()
-    return sum(rows * columns for rows, columns in shapes(settings, settings.data.items).values())
+    return sizes_of(Settings()).dimension
+
+
+FEWER = {
+    "items from public features": ("model.items=features",),
+    "items from public features and rank 4": ("model.items=features", "model.rank=4"),
+    "items of rank 4": ("model.rank=4",),
+    "items from public features, only the heads trained": ("model.items=features", "training.frozen=items,cell"),
+}
+"""Settings with fewer shared parameters."""
 
 
 def planned_budget(
-    users: int, cohort: int, rounds: int, epsilon: float, delta: float, parameters: int, overrides: Sequence[str] = ()
+    users: int,
+    cohort: int,
+    rounds: int,
+    epsilon: float,
+    delta: float,
+    parameters: int,
+    overrides: Sequence[str] = (),
+    config: Path | None = None,
 ) -> Budget:
     """The budget of a run of T `rounds` over N `users` with an expected `cohort` and d `parameters`.
 
@@ -74,6 +91,7 @@ def planned_budget(
         epsilon: the target of ε_model: one user added or removed, whoever sees every released model, at δ.
         delta: δ of both figures; 0 for N^-1.1.
         overrides: of other settings, as ``a.b=c``.
+        config: a file of settings.
 
     Raises:
         PrivacyError: out of range, or a target that cannot be met.
@@ -91,7 +109,10 @@ def planned_budget(
         f"privacy.target_epsilon={float(epsilon)!r}",
         f"privacy.delta={float(delta)!r}",
     )
-    return make_budget(load_settings(None, [*overrides, *own]), users, parameters)
+    settings = load_settings(config, [*overrides, *own])
+    if not settings.private:
+        raise PrivacyError("Expected privacy.mechanism=none to be a mechanism with noise: nothing else has a budget.")
+    return make_budget(settings, users, parameters)
 
 
 def make_plan(
@@ -102,17 +123,21 @@ def make_plan(
     delta: float = 0.0,
     parameters: int = 0,
     overrides: Sequence[str] = (),
+    config: Path | None = None,
 ) -> dict[str, Any]:
     """The plan of such a run as the ``privacy`` object of a report has it, with what is to be expected of it.
 
     Beside the figures of :meth:`common.privacy.budget.Budget.statement`: ``signal_to_noise``, a ``verdict`` in words,
-    and ``levers``: the same plan with one thing changed, and about which signal-to-noise it has then (its noise is this
-    plan's times the quotient of two RDP bounds).
+    ``bytes_up`` of a device in a round, but for the protocol's own, and ``levers``: the same plan with one thing
+    changed, and about which signal-to-noise it has then (its noise is this plan's times the quotient of two RDP
+    bounds). Of the settings' own model also ``groups``, the numbers that are trained and those that are fixed, and
+    ``bytes_down``.
 
-    Arguments and errors as of :func:`planned_budget`; `parameters` of 0 are those of the default model.
+    Arguments and errors as of :func:`planned_budget`; `parameters` of 0 are those of the model that the settings name.
     """
-    d = parameters or default_parameters()
-    budget = planned_budget(users, cohort, rounds, epsilon, delta, d, overrides)
+    sizes = None if parameters else sizes_of(load_settings(config, overrides))
+    d = parameters if sizes is None else sizes.dimension
+    budget = planned_budget(users, cohort, rounds, epsilon, delta, d, overrides, config)
     correlated = budget.tree is not None
 
     def signal(m: int, n: int, t: int, z: float, parameters: int) -> float:
@@ -136,20 +161,45 @@ def make_plan(
             "change": "a tenth of the shared parameters",
             "signal_to_noise": signal(cohort, users, rounds, budget.noise_multiplier, max(1, d // 10)),
         },
+        *(
+            {
+                "change": words,
+                "parameters": fewer,
+                "signal_to_noise": signal(cohort, users, rounds, budget.noise_multiplier, fewer),
+            }
+            for words, fewer in (() if parameters else _fewer(d, overrides, config))
+        ),
         changed(f"ε_model={2 * epsilon:g} in place of {epsilon:g}", e=2 * epsilon),
         changed("4 × the rounds", t=4 * rounds),
     ]
     if cohort < users:
         levers.append(changed(f"a cohort of {min(4 * cohort, users)}", m=min(4 * cohort, users)))
+    made_of = {}
+    if sizes is not None:
+        groups = {name: {"trained": sizes.trained[name], "fixed": sizes.fixed[name]} for name in sizes.trained}
+        made_of = {"groups": groups, "bytes_down": sizes.model_bytes}
     return budget.statement(rounds, rounds) | {
         "users": users,
         "cohort": cohort,
         "rounds": rounds,
         "parameters": d,
+        **made_of,
+        "bytes_up": packed_bytes(budget.encoding.padded, budget.encoding.bits),
         "signal_to_noise": ratio,
         "verdict": _verdict(users, d, ratio, epsilon, budget.delta),
         "levers": levers,
     }
+
+
+def _fewer(parameters: int, overrides: Sequence[str], config: Path | None) -> Iterator[tuple[str, int]]:
+    """Names and numbers of the models of :data:`FEWER` that the other settings allow and that have fewer numbers."""
+    for words, more in FEWER.items():
+        try:
+            fewer = sizes_of(load_settings(config, [*overrides, *more])).dimension
+        except SettingsError:
+            continue
+        if fewer < parameters:
+            yield f"{words} ({', '.join(more)})", fewer
 
 
 def make_curve(plan: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

@@ -93,7 +93,8 @@ class System:
 
 
 def repetition(run: Settings, noise_multiplier: float, size: Size) -> System:
-    """A run's mechanism (z, q, C, group scales, objective, optimiser) with its first users, at an audit's size.
+    """A run's mechanism (z, q, C, group scales, objective, optimiser) with its first users, at an audit's size,
+    and with whole tables of items, all of them trained: attacks look for an item's own numbers there.
 
     Always in the `central` kind, whose clip and noise have the same sensitivity and variance as the others'.
     Raises :class:`PrivacyError` for a run without noise, and what loading its data raises.
@@ -113,9 +114,10 @@ def repetition(run: Settings, noise_multiplier: float, size: Size) -> System:
         "items": min(run.data.items or size.items, size.items),
         "users": min(run.data.users or size.users, size.users),
     }
+    tree["model"] |= {"items": "table", "rank": 0}
     warm = round(run.objective.warmup_rounds * rounds / run.training.rounds)
     tree["objective"] |= {"warmup_rounds": warm, "slate_size": min(run.objective.slate_size, size.items)}
-    tree["training"] |= {"rounds": rounds, "checkpoint_every": rounds}
+    tree["training"] |= {"rounds": rounds, "checkpoint_every": rounds, "frozen": ()}
     tree["privacy"] |= {"noise_multiplier": noise_multiplier, "delta": DELTA, "target_epsilon": _ANY_EPSILON}
     tree["aggregation"]["kind"] = "central"
     tree["guard"]["minimum_cohort"] = 1

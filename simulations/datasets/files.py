@@ -94,7 +94,7 @@ def _read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
         raise MissingDependency(f"Expected pyarrow to read {path} ({hint}): {_line(error)}") from None
     try:
         check_columns(parquet.read_schema(path).names, columns, str(path))
-        table = parquet.read_table(path, columns=[name for _, name in columns])
+        table = parquet.read_table(path, columns=[name for _, name in columns if name])
         # The metadata of pandas would turn a column into the index if it was one when the file was written.
         frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
         return frame

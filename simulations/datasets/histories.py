@@ -12,13 +12,17 @@ CATALOGUE, HISTORIES = "catalogue.csv", "histories"
 
 
 def write_histories(interactions: Interactions, folder: Path) -> None:
-    """Write ``catalogue.csv`` (item, title) and ``histories/<user>.csv`` (item, rating, timestamp) into a folder.
+    """Write ``catalogue.csv`` (item, title, and labels if there are any) and ``histories/<user>.csv`` (item, rating,
+    timestamp) into a folder.
 
     They are what `fedtopk server init --catalogue` and `fedtopk device add-events` read. Raises :class:`RunError`.
     """
     make_folder(folder / HISTORIES)
     catalogue = interactions.catalogue
-    _write(folder / CATALOGUE, ("item", "title"), zip(catalogue.ids, catalogue.titles, strict=True))
+    public = {"item": catalogue.ids, "title": catalogue.titles}
+    if catalogue.labels is not None:
+        public["labels"] = catalogue.labels
+    _write(folder / CATALOGUE, tuple(public), zip(*public.values(), strict=True))
     for user, own in zip(interactions.user_ids, interactions.slices(), strict=True):
         columns = (catalogue.ids[interactions.items[own]], interactions.ratings[own], interactions.timestamps[own])
         name = str(user).replace("/", "_").lstrip(".") or "_"

@@ -36,7 +36,7 @@ _COLUMNS = Columns()
 
 
 def read(settings: DataSettings, *, seed: int) -> Interactions:
-    """Read the edition at `settings.path`; a missing file of titles leaves the ids as titles.
+    """Read the edition at `settings.path`; a missing file of titles leaves the ids as titles, and no genres.
 
     Raises:
         DataError: nothing there, no or several files of ratings, a damaged zip, or a line that is no rating.
@@ -52,12 +52,16 @@ def read(settings: DataSettings, *, seed: int) -> Interactions:
         ratings = PurePosixPath(found[0])
         titles = ratings.with_name(_TITLES[ratings.name])
         origin = f"{path}/{ratings}"
+        named, genres = dict[str, str](), dict[str, str]()
+        if str(titles) in files:
+            named, genres = _read_movies(files[str(titles)], titles.name, f"{path}/{titles}")
         return from_frame(
             _read_ratings(files[str(ratings)], ratings.name, origin),
             columns=_COLUMNS,
             settings=settings,
             seed=seed,
-            titles=_read_titles(files[str(titles)], titles.name, f"{path}/{titles}") if str(titles) in files else None,
+            titles=named,
+            labels=genres,
             origin=origin,
         )
 
@@ -100,8 +104,8 @@ def _read_ratings(opener: Opener, name: str, origin: str) -> pd.DataFrame:
         return parse_csv(lambda: io.BytesIO(data), _COLUMNS, **options)
 
 
-def _read_titles(opener: Opener, name: str, origin: str) -> dict[str, str]:
-    """Titles by item id, from the lines that have them."""
+def _read_movies(opener: Opener, name: str, origin: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Titles and genres by item id, from the lines that have them."""
     with reading(origin), opener() as file:
         data = file.read()
         try:
@@ -109,16 +113,27 @@ def _read_titles(opener: Opener, name: str, origin: str) -> dict[str, str]:
         except UnicodeDecodeError:
             text = data.decode("latin-1")  # 100K and 1M; 10M and the csv editions are UTF-8
         if name not in _SEPARATORS:
-            return titles_by_item(text)
-        lines = [line.split(_SEPARATORS[name], 2) for line in text.split("\n")]
-        return {line[0]: line[1] for line in lines if len(line) == 3}
+            return column_by_item(text, "title"), column_by_item(text, "genres")
+        lines = [line.rstrip("\r").split(_SEPARATORS[name]) for line in text.split("\n")]
+        movies = [line for line in lines if len(line) >= 3]
+        return {line[0]: line[1] for line in movies}, {line[0]: _genres(line) for line in movies}
 
 
-def titles_by_item(text: str) -> dict[str, str]:
-    """Titles by item id of a csv text with the columns ``movieId`` and ``title``; empty without them."""
+def _genres(line: list[str]) -> str:
+    """Of a line of ``movies.dat``, which ends in their names, or of ``u.item``, whose last 19 fields are flags."""
+    if len(line) < _FLAGS:
+        return line[-1]
+    return "|".join(f"genre {at}" for at, flag in enumerate(line[-_FLAGS:]) if flag == "1")
+
+
+_FLAGS = 19
+
+
+def column_by_item(text: str, column: str) -> dict[str, str]:
+    """A column by item id of a csv text with the column ``movieId``; empty without either."""
     rows = csv.reader(io.StringIO(text, newline=""))
     header = next(rows, [])
-    if "movieId" not in header or "title" not in header:
+    if "movieId" not in header or column not in header:
         return {}
-    item, title = header.index("movieId"), header.index("title")
-    return {row[item]: row[title] for row in rows if len(row) == len(header)}
+    item, at = header.index("movieId"), header.index(column)
+    return {row[item]: row[at] for row in rows if len(row) == len(header)}

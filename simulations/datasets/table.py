@@ -31,6 +31,9 @@ LATEST = 100_000_000_000
 _TIES = 1
 """Sets the generator that breaks ties apart from others made from the same seed."""
 
+_OPTIONAL = ("title", "labels")
+"""Columns that a table may lack."""
+
 _WHOLE = re.compile(r"(-?)0*(\d+)(?:\.0+)?")
 _DIGITS = re.compile(r"((?:^-)?\d{1,4000})")
 
@@ -63,6 +66,7 @@ def from_frame(
     settings: DataSettings,
     seed: int,
     titles: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
     origin: str = "the table",
 ) -> Interactions:
     """Validate a table and convert it.
@@ -71,10 +75,10 @@ def from_frame(
         frame: one row per interaction. Ids are whole numbers or text; ratings are numbers in
             `settings.rating_range`; timestamps are seconds since 1970 (fractions are cut off) or ISO 8601 dates
             (UTC where they name no zone).
-        columns: the names of the four columns; others are ignored.
+        columns: the names of the four columns, and of the items' texts if they are in the table; others are ignored.
         settings: `users`, `items` and `rating_range` are used.
         seed: orders a user's interactions with equal timestamps.
-        titles: item id to title, for the catalogue.
+        titles, labels: item id to title and labels, for the catalogue, in place of columns of the table.
         origin: what error messages call the table.
 
     Returns:
@@ -90,6 +94,9 @@ def from_frame(
     items, item_ids = _identify(frame[columns.item], origin)
     ratings = _ratings(frame[columns.rating], settings.rating_range, origin)
     rows = _Rows(users, items, ratings, _seconds(frame[columns.timestamp], origin))
+
+    titles = titles or _texts(frame, columns.title, items, item_ids)
+    labels = labels or _texts(frame, columns.labels, items, item_ids)
 
     if settings.users:
         user_ids = user_ids[: settings.users]
@@ -111,15 +118,29 @@ def from_frame(
         ratings=rows.ratings,
         timestamps=rows.timestamps,
         user_ids=user_ids,
-        catalogue=Catalogue(ids=ids, titles=np.array([(titles or {}).get(name) or name for name in ids.tolist()])),
+        catalogue=_catalogue(ids, titles, labels),
     )
 
 
+def _catalogue(ids: np.ndarray, titles: Mapping[str, str] | None, labels: Mapping[str, str] | None) -> Catalogue:
+    known = np.array([(titles or {}).get(name) or name for name in ids.tolist()])
+    return Catalogue(ids, known, np.array([labels.get(name, "") for name in ids.tolist()]) if labels else None)
+
+
+def _texts(frame: pd.DataFrame, column: str, items: np.ndarray, item_ids: np.ndarray) -> dict[str, str] | None:
+    """Item id to its text in a column: the first in the order of the alphabet, where an item has several."""
+    if not column:
+        return None
+    texts = frame[column].reset_index(drop=True).dropna().astype(str)
+    first = texts.groupby(items[texts.index]).min()
+    return dict(zip(item_ids[first.index].tolist(), first.tolist(), strict=True))
+
+
 def check_columns(present: Iterable[Any], columns: Columns, origin: str) -> None:
-    """Raise :class:`DataError` for the first of the four columns that is not present, listing those that are."""
+    """Raise :class:`DataError` for the first of the named columns that is not present, listing those that are."""
     names = list(present)
     for role, name in columns:
-        if name not in names:
+        if name not in names and (name or role not in _OPTIONAL):
             listed = ", ".join(_show(other) for other in names[:10]) + (", …" if len(names) > 10 else "")
             raise DataError(f"Expected {origin} to have a column {name!r} (data.columns.{role}): it has {listed}.")
 

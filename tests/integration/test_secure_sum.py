@@ -17,7 +17,7 @@ from client.device import participate
 from common.errors import AggregationError
 from common.item_slice import cut, slice_of
 from common.messages import run_digest
-from common.model import initialise
+from common.model import dimension_of, initialise
 from common.offer import Offer
 from common.privacy.adaptive_clip import sent
 from common.privacy.budget import make_budget
@@ -59,7 +59,7 @@ def offer_of(settings: Settings = SETTINGS, round_: int = 3, attempt: int = 1) -
     items = len(load(settings.data, seed=settings.training.seed).catalogue)
     item_slice = slice_of(settings, items, round_)
     parameters = cut(initialise(settings, items, torch.Generator().manual_seed(1)), item_slice)
-    length, bound = sent(settings.privacy, sum(value.numel() for value in parameters.values()))
+    length, bound = sent(settings.privacy, dimension_of(settings, parameters))
     encoding = Encoding.choose(length, bound, 1.0, cohort=N, honest=0.7, bits=settings.aggregation.bits)
     return Offer(round_, attempt, parameters, encoding, settings, item_slice)
 
@@ -150,12 +150,14 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
 
 SLICED = {"objective__slice_items": 20, "model__input_rows": 16}
 ADAPTIVE = {"privacy__clip_quantile": 0.5}
+FEWER = {"model__items": "features", "model__rank": 2, "training__frozen": "items"}
 
 
 @pytest.mark.parametrize(
-    "change", [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED, ADAPTIVE]
+    "change",
+    [{"aggregation__bits": 32}, {"aggregation__bits": 20}, {"aggregation__hybrid": True}, SLICED, ADAPTIVE, FEWER],
 )
-def test_other_widths_the_hybrid_channel_slices_and_adaptive_clips(
+def test_other_widths_the_hybrid_channel_slices_adaptive_clips_and_fewer_parameters(
     change: dict[str, object], population: Population
 ) -> None:
     settings = settings_with(**change)

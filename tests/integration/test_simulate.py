@@ -9,12 +9,14 @@ import torch
 from running import TINY, fedtopk, simulate
 from safetensors.torch import load_file
 
+from common.features import features_of
 from common.item_slice import slice_of
-from common.model import initialise, shapes
+from common.model import dimension_of, initialise, shapes
 from common.settings import load_settings
 from server.events import EventReader
 from server.run_folder import RunFolder
 from server.store import open_store_read_only
+from simulations.simulate import load_split
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,22 @@ def test_training_lowers_the_loss_it_is_told_to_lower(tmp_path: Path, estimator:
     with open_store_read_only(tmp_path / "run") as store:
         losses = [event.fields["policy_loss"] for event in EventReader(store).read(kinds=["simulation"])]
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+
+
+def test_a_run_trains_the_parts_of_its_tables_and_leaves_what_is_frozen(tmp_path: Path) -> None:
+    """By plain descent; two processes compute what one does."""
+    fewer = {"model__items": "features", "model__rank": 2, "training__frozen": "items", "training__optimizer": "sgd"}
+    report = simulate(tmp_path / "run", **fewer)
+    folder = RunFolder(tmp_path / "run")
+    settings, trained = folder.settings(), folder.load_model()
+    features = features_of(settings.model, load_split(settings).train.catalogue)
+    start = initialise(settings, 60, torch.Generator().manual_seed(settings.training.seed), features)
+    assert report["parameters"] == dimension_of(settings, start) < sum(value.numel() for value in start.values()) / 2
+    still = {name for name in start if bool((trained[name] == start[name]).all())}
+    assert still == {name for name in start if name.startswith(("items", "features"))}
+    done = fedtopk("simulate", "--out", tmp_path / "again", "--config", folder.path / "settings.toml", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (folder.path / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["central", "plain"])

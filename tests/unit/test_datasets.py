@@ -207,6 +207,18 @@ class TestCsv:
         data = read(tmp_path / "log.csv", text, columns=columns)
         assert back(data) == [("ann", "x", 4, 1577836800), ("bob", "x", 5, 1577923200)]
 
+    def test_texts_of_items_do_not_depend_on_the_order_of_rows(self, tmp_path: Path) -> None:
+        rows = ["1,007,4,5,Heat,Action|Crime\n", "2,7,3,6,,\n", "2,8,3,7,Up,\n", "3,7,3,6,Heat 2,Crime\n"]
+        columns = Columns(title="name", labels="kinds")
+        for ordered in (rows, rows[::-1]):
+            text = HEADER.rstrip("\n") + ",name,kinds\n" + "".join(ordered)
+            catalogue = read(tmp_path / "log.csv", text, columns=columns).catalogue
+            assert (catalogue.ids.tolist(), catalogue.titles.tolist()) == (["7", "8"], ["Heat", "Up"])
+            assert catalogue.labels is not None and catalogue.labels.tolist() == ["Action|Crime", ""]
+        missing = r"to have a column 'other' \(data.columns.labels\)"
+        with pytest.raises(DataError, match=missing):
+            read(tmp_path / "log.csv", HEADER + ROW, columns=Columns(labels="other"))
+
     def test_gzip_and_parquet_hold_the_same(self, tmp_path: Path) -> None:
         plain = read(tmp_path / "log.csv", HEADER + ROW + "2,31,3,5\nx,7,1,6\n")
         with gzip.open(tmp_path / "log.csv.gz", "wb") as file:

@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "direct": {"objective.estimator": "direct"},
     "critic's prior": {"objective.prior": "critic"},
     "no adaptation": {"training.user_steps": 0},
+    "features": {"model.items": "features", "model.rank": 2, "model.feature_width": 16},
 }
 
 

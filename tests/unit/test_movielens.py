@@ -97,6 +97,17 @@ def test_every_format_holds_the_same(edition: str, layout: Callable[[Files, Path
 def test_titles_are_optional(tmp_path: Path) -> None:
     data = read(as_folder({"u.data": FORMATS["100K"]["u.data"]}, tmp_path / "data"))
     assert data.catalogue.titles.tolist() == ["31", "8"]
+    assert data.catalogue.labels is None
+
+
+def test_genres_are_labels(tmp_path: Path) -> None:
+    flags = "|".join(["0", "1", *["0"] * 16, "1"])
+    item = f"8|Misérables, Les (1995)|01-Jan-1995||http://x|{flags}\n".encode("latin-1")
+    for edition, expected in {"1M": ["Drama"] * 2, "10M": ["Drama", "Drama|War"], "csv": ["", "Drama"]}.items():
+        labels = read(as_folder(FORMATS[edition], tmp_path / edition)).catalogue.labels
+        assert labels is not None and labels.tolist() == expected
+    labels = read(as_folder(FORMATS["100K"] | {"u.item": item}, tmp_path / "100K")).catalogue.labels
+    assert labels is not None and labels.tolist() == ["", "genre 1|genre 18"]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +194,7 @@ class TestCache:
     @pytest.fixture(autouse=True)
     def _known(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.downloads = 0
-        self.path = tmp_path / "cache" / "movielens-small.csv.gz"
+        self.path = tmp_path / "cache" / "movielens-small-genres.csv.gz"
 
         def download() -> bytes:
             self.downloads += 1

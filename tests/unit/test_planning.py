@@ -2,12 +2,21 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from common.errors import PrivacyError, SettingsError
+from common.messages import model_bytes
+from common.model import dimension_of, initialise
 from common.privacy.accounting import default_delta
-from common.privacy.planning import default_parameters, make_curve, make_plan, planned_budget, signal_to_noise
+from common.privacy.planning import FEWER, default_parameters, make_curve, make_plan, planned_budget, signal_to_noise
+from common.privacy.rotation import padded
+from common.secagg.packing import lane, pack
+from common.settings import load_settings
+from common.sizes import sizes_of
 
 TABLE = {
     (610, 61): (4.71, 2.75, 1.69),
@@ -61,7 +70,10 @@ def test_too_few_users_are_told_so() -> None:
     assert plan["verdict"].endswith("Expect popularity-level quality.")
     changes = {lever["change"]: lever["signal_to_noise"] for lever in plan["levers"]}
     assert min(changes.values()) > plan["signal_to_noise"]
-    assert changes["10 × the users"] == max(changes.values())
+    fewer = {lever["change"].partition(" (")[0]: lever for lever in plan["levers"] if "parameters" in lever}
+    assert list(fewer) == list(FEWER)
+    others = {change: ratio for change, ratio in changes.items() if "model." not in change}
+    assert changes["10 × the users"] == max(others.values())
     assert changes["a tenth of the shared parameters"] == pytest.approx(10**0.5 * plan["signal_to_noise"], rel=1e-3)
     assert {"unit", "adjacency", "observer", "delta"} <= plan.keys()
 
@@ -97,3 +109,38 @@ def test_a_delta_that_reveals_one_user_is_named() -> None:
 def test_what_is_out_of_range_is_named(arguments: tuple[int, int, int, float, float, int], named: str) -> None:
     with pytest.raises((PrivacyError, SettingsError), match=named):
         make_plan(*arguments)
+
+
+def test_the_model_of_the_settings_is_counted_as_it_is(tmp_path: Path) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text('[model]\nitems = "features"\nrank = 2\n[training]\nfrozen = ["items"]\n')
+    settings = load_settings(config, ["data.items=300", "objective.critic=baseline"])
+    sizes, model = sizes_of(settings), initialise(settings, 300, torch.Generator())
+    assert sizes.dimension == dimension_of(settings, model)
+    assert (sizes.trained["items"], sizes.fixed["items"]) == (0, 64 * 32 + 2 * 32 + 300 * 2)
+    assert (sizes.trained["policy"], sizes.fixed["policy"]) == (64 * 65 + 2 * 65 + 300 * 2, 0)
+    assert (sizes.trained["features"], sizes.fixed["features"]) == (0, 300 * 64)
+    sent = model_bytes({name: value.numpy() for name, value in model.items()})
+    assert sizes.model_bytes <= len(sent) <= sizes.model_bytes + 2000
+    sliced = load_settings(None, ["objective.slice_items=500", "model.input_rows=500"])
+    assert sizes_of(sliced).trained["policy"] == 500 * 65
+    with pytest.raises(SettingsError, match=r"Expected data.items=0 to be the size of the catalogue"):
+        sizes_of(load_settings(None, ["data.items=0"]))
+
+
+def test_a_plan_of_a_configuration_with_fewer_parameters(tmp_path: Path) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text("[model]\nrank = 4\n")
+    plan = make_plan(10_000, 100, 10, 8.0, overrides=["data.items=300"], config=config)
+    assert plan["parameters"] == sum(numbers["trained"] for numbers in plan["groups"].values())
+    levers = [lever for lever in plan["levers"] if "parameters" in lever]
+    assert [lever["change"].partition(" (")[0] for lever in levers] == list(FEWER)[-1:]  # the others have no fewer
+    ratio = (plan["parameters"] / levers[0]["parameters"]) ** 0.5
+    assert ratio > 1 and levers[0]["signal_to_noise"] == pytest.approx(ratio * plan["signal_to_noise"])
+    uploads = [len(pack(np.zeros(padded(plan["parameters"]), lane(bits)), bits)) for bits in (16, 20, 32)]
+    assert plan["bytes_up"] in uploads
+
+
+def test_what_has_no_noise_cannot_be_planned() -> None:
+    with pytest.raises(PrivacyError, match=r"Expected privacy.mechanism=none to be a mechanism with noise"):
+        make_plan(671, 67, 400, 8.0, overrides=["privacy.mechanism=none"])

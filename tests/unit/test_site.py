@@ -16,7 +16,9 @@ from common.settings import load_settings
 from server.site import Site, read_catalogue
 
 SETTINGS = load_settings(None, ["aggregation.kind=secure", "training.rounds=3"])
-CATALOGUE = Catalogue(np.array(["b", "a", "é,\n"], object), np.array(["B", "a", 'a "title"'], object))
+CATALOGUE = Catalogue(
+    np.array(["b", "a", "é,\n"], object), np.array(["B", "a", 'a "title"'], object), np.array(["x|y", "", "y"], object)
+)
 PUBLIC = AUTHORITY.public_key().public_bytes_raw()
 
 
@@ -37,6 +39,7 @@ def test_what_was_made_is_read_again(site: Site) -> None:
     assert again.authority == PUBLIC
     assert again.catalogue.digest == CATALOGUE.digest == again.invitation.catalogue.digest
     assert again.catalogue.titles.tolist() == CATALOGUE.titles.tolist()
+    assert again.catalogue.labels is not None and again.catalogue.labels.tolist() == ["x|y", "", "y"]
     invitation = again.invitation
     assert bytes.fromhex(invitation.publisher) == again.publisher.public_key().public_bytes_raw()
     assert invitation.root_certificate == again.tls.root.read_text()
