@@ -122,6 +122,8 @@ def initialise(settings: Settings, items: int, generator: torch.Generator) -> Pa
             if name == HEADS["policy"] and settings.objective.prior == "critic":
                 weight *= 0
             weight[:, -1] = -math.log(items) if settings.objective.softmax == "nce" and "critic" not in name else 0
+            if name == HEADS["critic"]:
+                weight[:, -1] = math.log(settings.objective.critic_start / (1 - settings.objective.critic_start))
         bias = _inputs(settings.model)
         if name == "cell.gates":
             weight[:, bias] = 1
