@@ -83,7 +83,11 @@ class Study:
             raise SettingsError(f"Expected a cohort of {self.cohort} in [1, {self.setup.users}], the devices.")
         if len(set(self.epsilons)) < len(self.epsilons) or not self.epsilons:
             raise SettingsError(f"Expected different targets of ε, at least one: found {list(self.epsilons)}.")
-        self.settings_of(self.first_seed)
+        trainings = self.settings_of(self.first_seed)
+        if not all(settings.private for name, settings in trainings.items() if name != NOT_PRIVATE):
+            raise SettingsError(
+                "Expected privacy.mechanism=none not to be set: the study trains that beside the others."
+            )
 
     @property
     def valued(self) -> int:

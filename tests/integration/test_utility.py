@@ -98,22 +98,24 @@ def test_what_is_there_is_not_done_again_and_another_study_is_refused(study: tup
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("cohort", "epsilons", "override", "sentence"),
     [
-        (["--cohort", "201"], "Expected a cohort of 201 in [1, 200], the devices."),
-        (["--cohort", "20", "--epsilon", "2", "--epsilon", "2"], "Expected different targets of ε, at least one"),
-        (["--cohort", "20", "--epsilon", "-1"], "Expected privacy.target_epsilon=-1"),
-        (["--cohort", "20", "--set", "model.width=3"], "Unknown setting model.width=3"),
+        (201, (8.0,), "model.user_width=1", "Expected a cohort of 201 in \\[1, 200\\], the devices"),
+        (20, (2.0, 2.0), "model.user_width=1", "Expected different targets of ε, at least one"),
+        (20, (), "model.user_width=1", "Expected different targets of ε, at least one"),
+        (20, (-1.0,), "model.user_width=1", "Expected privacy.target_epsilon=-1"),
+        (20, (8.0,), "model.width=3", "Unknown setting model.width=3"),
+        (20, (8.0,), "privacy.mechanism=none", "Expected privacy.mechanism=none not to be set"),
     ],
 )
-def test_bad_requests_are_refused(tmp_path: Path, words: list[str], sentence: str) -> None:
-    found = fedtopk("privacy", "utility", "--out", tmp_path / "out", "--devices", "200", *words)
+def test_bad_requests_are_refused(cohort: int, epsilons: tuple[float, ...], override: str, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        Study(SETUP, 8, cohort, epsilons, 1, 0, (override,))
+
+
+def test_the_command_says_so_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    found = fedtopk("privacy", "utility", "--out", tmp_path / "out", "--devices", "200", "--cohort", "201")
     assert found.returncode == 1
-    assert sentence in " ".join(found.stderr.split())
+    assert "Expected a cohort of 201 in [1, 200], the devices." in " ".join(found.stderr.split())
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_a_study_without_targets_is_refused() -> None:
-    with pytest.raises(SettingsError, match="at least one"):
-        Study(SETUP, 8, 60, (), 1)

@@ -33,6 +33,13 @@ def test_a_users_counts_are_scaled_to_the_unit_ball() -> None:
     np.testing.assert_allclose(found, [3 / 5, 4 / 5, 1, 0, 0, 0], rtol=1e-12)
 
 
+def test_the_histories_stay_as_they_are() -> None:
+    histories = interactions([[3, 1, 3, 0], [2, 0, 2]])
+    bounded_counts(histories)
+    assert histories.items.tolist() == [3, 1, 3, 0, 2, 0, 2]
+    assert histories.offsets.tolist() == [0, 4, 7]
+
+
 @given(st.lists(st.lists(st.integers(0, ITEMS - 1), max_size=30), min_size=1, max_size=8), st.data())
 def test_one_user_moves_the_sum_by_at_most_1(histories: list[list[int]], data: st.DataObject) -> None:
     """The sensitivity that the release is accounted for, whatever the user has and whoever the others are."""
