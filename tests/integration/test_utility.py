@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import fedtopk
 
 from common.errors import RunError, SettingsError
 from server.run_folder import RunFolder
 from server.verification import verify_folder
-from simulations.closed_loop import Setup
+from simulations.closed_loop import Setup, first_log
+from simulations.federated import train
 from simulations.simulate import Watch
 from simulations.utility import Study, run_study
 
@@ -85,6 +87,16 @@ def test_the_opponent_differs_in_noise_and_clip_alone(study: tuple[Path, dict[st
     out, _ = study
     opponent, private = (RunFolder(out / "seed-4" / name).settings().flat() for name in ("not-private", "epsilon-8"))
     assert {key for key in private if private[key] != opponent[key]} == {"privacy.mechanism", "privacy.clip_norm"}
+
+
+def test_the_opponent_is_what_training_on_the_untouched_log_gives(study: tuple[Path, dict[str, Any]]) -> None:
+    """To the bit: nothing that was computed before, such as DP popularity, changes what devices hold."""
+    first_log.cache_clear()
+    _, log = first_log(SETUP, 4)
+    trained = train(STUDY.settings_of(4)["not private"], log.interactions)
+    kept = RunFolder(study[0] / "seed-4" / "not-private").load_model()
+    assert kept.keys() == trained.parameters.keys()
+    assert all(torch.equal(kept[name], value) for name, value in trained.parameters.items())
 
 
 def test_what_is_there_is_not_done_again_and_another_study_is_refused(study: tuple[Path, dict[str, Any]]) -> None:
