@@ -139,6 +139,9 @@ def run_study(out: Path, study: Study, workers: int, watch_of: Callable[[str, in
         site = _Site(out / f"seed-{seed}", study, seed)
         found[seed] = site.kept("references", site.references) or {}
         for name, settings in study.settings_of(seed).items():
+            if settings.private:
+                rival = f"{DP_POPULARITY}, {name}"
+                found[seed][rival] = site.kept(rival, partial(site.rival, settings)) or {}
             result = site.kept(name, partial(site.training, name, settings, workers, watch_of))
             if result is None:
                 return None
@@ -163,7 +166,7 @@ class _Site:
 
     def kept(self, name: str, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
         """The result in the file of that name; made where it is missing, unless the user stopped that."""
-        file = self.folder / f"{name.replace(' ', '-')}.json"
+        file = self.folder / f"{_slug(name)}.json"
         if not file.exists():
             result = make()
             if result is None:
@@ -174,24 +177,24 @@ class _Site:
         return dict(json.loads(file.read_text(encoding="utf-8")))
 
     def references(self) -> dict[str, Any]:
-        """What needs no learner, by name, DP popularity at each ε among it."""
-        world, log = first_log(self.study.setup, self.seed)
+        """What needs neither learner nor noise, by name."""
+        world, _ = first_log(self.study.setup, self.seed)
         slates = reference_slates(self.study.setup, self.seed, self.study.valued)
-        found: dict[str, Any] = {name: {"values": values_of(world, shown)} for name, shown in slates.items()}
-        for name, settings in self.study.settings_of(self.seed).items():
-            if settings.private:
-                released = release_popularity(settings, log.interactions)
-                best = np.argsort(-released.counts, kind="stable")[: self.study.setup.slate_size]
-                values = values_of(world, for_everyone(best, self.study.valued))
-                found[f"{DP_POPULARITY}, {name}"] = {"values": values, "privacy": released.privacy}
-        return found
+        return {name: {"values": values_of(world, shown)} for name, shown in slates.items()}
+
+    def rival(self, settings: Settings) -> dict[str, Any]:
+        """DP popularity at the ε of a private training."""
+        world, log = first_log(self.study.setup, self.seed)
+        released = release_popularity(settings, log.interactions)
+        best = np.argsort(-released.counts, kind="stable")[: self.study.setup.slate_size]
+        return {"values": values_of(world, for_everyone(best, self.study.valued)), "privacy": released.privacy}
 
     def training(
         self, name: str, settings: Settings, workers: int, watch_of: Callable[[str, int], Watch]
     ) -> dict[str, Any] | None:
         """Values of the trained policy, beside its run's report; None if it was stopped."""
         world, log = first_log(self.study.setup, self.seed)
-        folder = RunFolder(self.folder / name.replace(" ", "-"))
+        folder = RunFolder(self.folder / _slug(name))
         watch = watch_of(f"seed {self.seed}, {name}", self.study.rounds)
         report, trained = train_in(folder, settings, log.interactions, workers, watch)
         if report["status"] != "finished":
@@ -204,6 +207,11 @@ class _Site:
             z, cohort = report["privacy"]["noise_multiplier"], self.study.cohort
             result["signal_to_noise"] = signal_to_noise(cohort, self.study.rounds, z, report["parameters"])
         return result | {"values": values_of(world, shown)}
+
+
+def _slug(name: str) -> str:
+    """A name as a file's."""
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def train_in(

@@ -46,10 +46,8 @@ def summarise(found: Found) -> dict[str, Any]:
             row[measure] = mean_figure(own)
             row["ratio"][measure] = ratio_figure(own, best)
             row["learned"][measure] = ratio_figure(_less(own, popular), _less(best, popular))
-        rival = f"{DP_POPULARITY}, {policy}"
-        row["above_popularity"] = mean_figure(
-            _less(values(policy, "mean"), values(rival if rival in first else POPULARITY, "mean"))
-        )
+        rival = f"{DP_POPULARITY}, {policy}" if "signal_to_noise" in result else POPULARITY
+        row["above_popularity"] = mean_figure(_less(values(policy, "mean"), values(rival, "mean")))
         row |= {key: result[key] for key in ("privacy", "signal_to_noise", "parameters") if key in result}
         if "seconds" in result:
             row["seconds"] = [found[seed][policy]["seconds"] for seed in seeds]

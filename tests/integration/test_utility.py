@@ -60,9 +60,9 @@ def row_of(summary: dict[str, Any], policy: str) -> dict[str, Any]:
 
 def test_every_policy_has_its_value_and_its_ratio(study: tuple[Path, dict[str, Any]]) -> None:
     out, summary = study
-    rivals = [f"DP popularity, epsilon {epsilon}" for epsilon in (8, 80)]
-    references = ["logging policy", "popularity", "best non-personal", "oracle", *rivals]
-    assert [row["policy"] for row in summary["policies"]] == [*references, "not private", "epsilon 8", "epsilon 80"]
+    private = [f"{rival}epsilon {epsilon}" for epsilon in (8, 80) for rival in ("DP popularity, ", "")]
+    references = ["logging policy", "popularity", "best non-personal", "oracle"]
+    assert [row["policy"] for row in summary["policies"]] == [*references, "not private", *private]
     assert row_of(summary, "not private")["ratio"]["mean"]["value"] == 1
     assert row_of(summary, "oracle")["mean"]["value"] == max(row["mean"]["value"] for row in summary["policies"])
     for row in summary["policies"]:
@@ -104,6 +104,12 @@ def test_what_is_there_is_not_done_again_and_another_study_is_refused(study: tup
     begun: list[str] = []
     again = run_study(out, STUDY, 1, watching(begun))
     assert again == summary
+    assert begun == []
+    more = run_study(out, Study(SETUP, 8, 60, (8.0, 40.0), 1, 4, OVERRIDES), 1, watching(begun))
+    assert begun == ["seed 4, epsilon 40"]
+    assert more is not None
+    assert row_of(more, "DP popularity, epsilon 40")["privacy"]["target_epsilon"] == 40
+    assert row_of(more, "epsilon 8") == row_of(summary, "epsilon 8")
     other = Study(SETUP, 9, 60, (8.0,), 1, 4, OVERRIDES)
     with pytest.raises(RunError, match="to hold results of the same settings"):
         run_study(out, other, 1, watching(begun))
