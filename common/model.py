@@ -157,6 +157,8 @@ def initialise(
             weight *= 0 if _silent(settings, name) or _silent(settings, table) else _SPREAD["heads"]
             # Noise contrast learns the normaliser: it starts where the masses of all items sum to 1.
             weight[:, -1] = -math.log(items) if settings.objective.softmax == "nce" and "critic" not in name else 0
+            if name == HEADS["critic"]:
+                weight[:, -1] = math.log(settings.objective.critic_start / (1 - settings.objective.critic_start))
         bias = _inputs(settings.model)
         if name == "cell.gates":
             weight[:, bias] = 1

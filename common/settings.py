@@ -147,6 +147,9 @@ class ObjectiveSettings(_Section):
     """What the estimator `likelihood` weighs log π by: the reward alone, or times min(1/(Aβ), c)."""
     critic: Literal["none", "baseline", "doubly-robust"] = "none"
     """What the learned reward model q(s, a) takes out of the variance."""
+    critic_start: float = Field(0.5, gt=0, lt=1)
+    """What q starts with, as a share of the highest reward, for every item: a public guess. Noise keeps it where little
+    is known, and items that nobody looked at should not seem better than those that are."""
     prior: Literal["none", "critic"] = "none"
     """What π's logits are added to: nothing, or the critic's over `prior_temperature`; the critic then shapes the
     state, and π learns what is left to be gained."""

@@ -131,21 +131,30 @@ def value_of(world: World, slates: np.ndarray, users: np.ndarray) -> dict[str, f
 
 def references(setup: Setup, seed: int, valued: int) -> dict[str, dict[str, float]]:
     """What no learner is needed for, by name."""
+    world, _ = first_log(setup, seed)
+    slates = reference_slates(setup, seed, valued)
+    return {name: value_of(world, shown, np.arange(valued)) for name, shown in slates.items()}
+
+
+def reference_slates(setup: Setup, seed: int, valued: int) -> dict[str, np.ndarray]:
+    """(B, K) what the first B = `valued` users are shown where no learner is needed, by name."""
     world, log = first_log(setup, seed)
     users, size = np.arange(valued), setup.slate_size
-
-    def everyone(ranking: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(ranking, (valued, size))
 
     shares = torch.from_numpy(setup.logging_policy(world).probabilities(users, 0.0))
     drawn = gumbel_top_k(shares.log(), size, torch.Generator().manual_seed(seed)).numpy()
     counts = np.bincount(log.interactions.items, minlength=setup.items)
     return {
-        "logging policy": value_of(world, drawn, users),
-        "popularity": value_of(world, everyone(np.argsort(-counts, kind="stable")[:size]), users),
-        "best non-personal": value_of(world, everyone(world.best_ranking(size)), users),
-        "oracle": value_of(world, world.best_slates(users, size), users),
+        "logging policy": drawn,
+        "popularity": for_everyone(np.argsort(-counts, kind="stable")[:size], valued),
+        "best non-personal": for_everyone(world.best_ranking(size), valued),
+        "oracle": world.best_slates(users, size),
     }
+
+
+def for_everyone(ranking: np.ndarray, users: int) -> np.ndarray:
+    """(B, K) the same (K,) slate for all users."""
+    return np.broadcast_to(ranking, (users, len(ranking)))
 
 
 def run_learner(setup: Setup, learner: str, overrides: list[str], seed: int, *, valued: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run_jobs(
         RunError: `out` holds results with another stamp.
     """
     make_folder(out)
-    _claim(out / "experiment.json", json.loads(json.dumps(stamp)))
+    claim(out / "experiment.json", json.loads(json.dumps(stamp)))
     missing = [job for job in jobs if not _file(out, job).exists()]
     done = len(jobs) - len(missing)
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
@@ -73,7 +73,8 @@ def _file(out: Path, job: Job) -> Path:
     return out / f"{job[0].replace(' ', '-').replace(',', '')}.{job[1]}.json"
 
 
-def _claim(file: Path, stamp: dict[str, Any]) -> None:
+def claim(file: Path, stamp: dict[str, Any]) -> None:
+    """Write what all results beside `file` depend on. Raises :class:`RunError` if it is there and says otherwise."""
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != stamp:
         raise RunError(f"Expected {file.parent} to hold results of the same settings: pick another --out.")
     with replacing(file) as temporary:

@@ -1,6 +1,7 @@
 """`fedtopk privacy`: what a budget allows, what was spent, and whether that is so."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from common.console import FormatOption, answer, stderr
 from common.errors import RunError
 from common.privacy import NOT_OFFERED
 from server.cli import PassphraseOption, read_passphrase
-from simulations.options import ConfigOption, SetOption
+from simulations.options import CORES, ConfigOption, SetOption, WorkersOption
 
 privacy_app = typer.Typer(help="Plan a budget; state and verify what was spent.", no_args_is_help=True)
 
@@ -126,6 +127,54 @@ def state(
         file.write_text(made.to_json(), encoding="utf-8")
     found = {"statement": str(out), "publisher": made.publisher}
     answer(format, found, lambda: f"Signed by {made.publisher}: {out}. Give it to those who are to hold you to it.")
+
+
+@privacy_app.command()
+def utility(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results; an earlier one goes on.")],
+    devices: Annotated[int, typer.Option("--devices", min=1, help="N, simulated devices.")] = 100_000,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="T, releases of the model.")] = 200,
+    cohort: Annotated[int, typer.Option("--cohort", min=1, help="Expected devices in a round.")] = 5_000,
+    items: Annotated[int, typer.Option("--items", min=1, help="Items of the catalogue.")] = 5_000,
+    events: Annotated[int, typer.Option("--events", min=1, help="Logged events of a device.")] = 40,
+    epsilons: Annotated[
+        list[float] | None, typer.Option("--epsilon", help="Target of ε_model; repeatable, for a curve. By default 8.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Worlds, logs and trainings.")] = 3,
+    first_seed: Annotated[int, typer.Option("--first-seed", min=0, help="The first of them; tune on others.")] = 0,
+    source: Annotated[
+        str, typer.Option("--source", help="movielens-small or synthetic: what the world is fitted to.")
+    ] = "movielens-small",
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="F.png", help="Draw value against ε.")] = None,
+    overrides: SetOption = None,
+    workers: WorkersOption = CORES,
+    format: FormatOption = "text",
+) -> None:
+    """Train with and without privacy where the true preferences are known, and value both exactly (an hour).
+
+    The same command goes on with what an earlier one left.
+    """
+    from simulations.closed_loop import Setup
+    from simulations.progress import watch
+    from simulations.utility import Study, run_study
+    from simulations.utility_summary import privacy_words, values_table
+
+    if picture is not None:
+        from server.durable import make_folder, replacing
+        from simulations.utility_picture import draw
+
+        make_folder(picture.parent)
+    setup = Setup(source=source, users=devices, items=items, events=events)
+    study = Study(setup, rounds, cohort, tuple(epsilons or [8.0]), seeds, first_seed, tuple(overrides or ()))
+    with ExitStack() as bars:
+        summary = run_study(out, study, workers, lambda name, rounds: watch(bars, name, rounds))
+    if summary is None:
+        stderr.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(130)
+    if picture is not None:
+        with replacing(picture) as file:
+            draw(summary, file)
+    answer(format, summary, lambda: Group(values_table(summary), *summary["findings"], *privacy_words(summary)))
 
 
 def figures_text(figures: dict[str, Any]) -> str:

@@ -276,3 +276,12 @@ def test_initial_gates_are_open_and_draws_repeat(cell: str) -> None:
 def test_initial_candidate_bias_of_the_gru_is_zero() -> None:
     drawn = initialise(settings_of("gru"), ITEMS, torch.Generator().manual_seed(0))
     assert not drawn["cell.candidate"][:, X].any()
+
+
+def test_the_critic_starts_with_what_it_is_told_to_expect() -> None:
+    settings = parse_flat({"objective.estimator": "direct", "objective.critic_start": 0.1})
+    critic = initialise(settings, ITEMS, torch.Generator().manual_seed(0))["critic.embedding"]
+    torch.testing.assert_close(torch.sigmoid(critic[:, -1]), torch.full((ITEMS,), 0.1))
+    other = initialise(parse_flat({"objective.estimator": "direct"}), ITEMS, torch.Generator().manual_seed(0))
+    assert not other["critic.embedding"][:, -1].any()
+    assert torch.equal(other["critic.embedding"][:, :-1], critic[:, :-1])
