@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.cli import FormatOption, KeyFileOption, KeyringOption, PassphraseOption, opened_store
-from common.console import answer
+from client.cli import KeyFileOption, KeyringOption, PassphraseOption, opened_store
+from common.console import FormatOption, answer
 from common.errors import ModelError, RunError, SettingsError
 
 if TYPE_CHECKING:
