@@ -129,12 +129,14 @@ class Dashboard:
 
     async def _log(self, request: Request) -> Response:
         """Lines of a run's log, as HTML."""
-        folder = self._runs.path(request.path_params["name"])
+        name = request.path_params["name"]
+        folder = self._runs.path(name)
         if folder is None:
             return await self._missing(request, RunError(""))
         text = request.query_params.get("with", "")
 
         def lines() -> str:
+            self._runs.show(name, lambda course, spending: None)  # says what is wrong with the folder, if anything is
             with explained(folder):
                 found = log_lines(search(RunFolder(folder), text, _FOUND))
                 return templates.get_template("parts/log.html").render(log=found)

@@ -163,16 +163,16 @@ main.addEventListener("click", (event) => {
 
 // The whole log is searched where it is; the page holds its tail.
 async function search() {
-  const words = field.value.trim(), here = main.querySelector('[data-part="log"]');
+  const text = field.value, here = main.querySelector('[data-part="log"]');
   let found = tail;
   try {
-    if (words) {
-      const response = await fetch(`/log/${main.dataset.run}?${new URLSearchParams({ with: words })}`);
+    if (text.trim()) {
+      const response = await fetch(`/log/${main.dataset.run}?${new URLSearchParams({ with: text })}`);
       if (!response.ok) return; // what is wrong stands at the top
       found = await response.text();
     }
   } catch { return; } // a lost server says so by its stream
-  if (field.value.trim() === words) here.innerHTML = found;
+  if (field.value === text) here.innerHTML = found;
 }
 let typed;
 field?.addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(search, 200); });
