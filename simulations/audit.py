@@ -1,4 +1,4 @@
-"""`fedtopk audit RUN`: attacks on a run's own system, each with a bound at 99.9 %.
+"""`fedtopk audit RUN`: attacks on a run's own system, with bounds that hold together at 99.9 %, or what is asked for.
 
 A run folder says what is claimed: its settings and, in its report, the noise multiplier. The audits train again with
 the same code and mechanism, at a size that fits (:class:`simulations.audits.system.Size`), and compare what they find
@@ -8,15 +8,16 @@ with the ε_model that the budget gives for that repetition. What each can and c
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from common.errors import RunError
 from server.run_folder import RunFolder
-from simulations.audits.bounds import ERROR
+from simulations.audits.bounds import error_of_each
 from simulations.audits.canaries import audit_canaries
 from simulations.audits.finding import Finding
-from simulations.audits.interactions import audit_interactions, control_of
+from simulations.audits.flaws import without_noise
+from simulations.audits.interactions import audit_interactions, excess_by_round
 from simulations.audits.membership import audit_membership
 from simulations.audits.payload import audit_payload
 from simulations.audits.system import DELTA, Size, System, repetition
@@ -26,12 +27,18 @@ QUICK_STEPS = 3
 
 
 def audit(
-    folder: RunFolder, size: Size, seed: int, on_step: Callable[[str], None], should_stop: Callable[[], bool]
+    folder: RunFolder,
+    size: Size,
+    seed: int,
+    confidence: float,
+    on_step: Callable[[str], None],
+    should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """All audits of a run that ended; after a stop, those that were done.
 
     Args:
         seed: of canaries, coins of presence and initial models; the system's own noise and coins are its own.
+        confidence: with which all bounds hold together, and a correct system passes.
         on_step: called with what comes next, :data:`QUICK_STEPS` times and once for each shadow run.
 
     Raises :class:`RunError` without a report, :class:`~common.errors.PrivacyError` for a run without noise.
@@ -39,7 +46,7 @@ def audit(
     start = time.monotonic()
     claim = claim_of(folder)
     system = repetition(folder.settings(), claim.get("noise_multiplier", 0.0), size)
-    findings = list(audits(system, size, seed, on_step, should_stop))
+    findings = list(audits(system, size, seed, error_of_each(confidence), on_step, should_stop))
     return {
         "run": claim,
         "repetition": {
@@ -53,7 +60,7 @@ def audit(
             "unit": "user, added or removed; observer: sees every released model",
             "size": asdict(size),
         },
-        "confidence": 1 - ERROR,
+        "confidence": confidence,
         "complete": not should_stop(),
         "passed": not any(finding.verdict == "failed" for finding in findings),
         "audits": [finding.to_dict() for finding in findings],
@@ -62,21 +69,30 @@ def audit(
 
 
 def audits(
-    system: System, size: Size, seed: int, on_step: Callable[[str], None], should_stop: Callable[[], bool]
+    system: System,
+    size: Size,
+    seed: int,
+    error: float,
+    on_step: Callable[[str], None],
+    should_stop: Callable[[], bool],
 ) -> list[Finding]:
     """The findings of all audits of one system, or of those before a stop."""
     findings: list[Finding] = []
     quick: dict[str, Callable[[], list[Finding]]] = {
-        "canaries": lambda: audit_canaries(system, size.canaries, seed),
-        "payload": lambda: [audit_payload(system, seed)],
-        "interactions": lambda: [audit_interactions(system, control_of(system), seed)],
+        "canaries": lambda: audit_canaries(system, size.canaries, seed, error),
+        "payload": lambda: [audit_payload(system, seed, error)],
+        "interactions": lambda: [
+            audit_interactions(
+                excess_by_round(system, seed), excess_by_round(replace(system, flaw=without_noise), seed), error
+            )
+        ],
     }
     for name, run in quick.items():
         if should_stop():
             return findings
         on_step(name)
         findings += run()
-    membership = audit_membership(system, size.shadow_runs, seed, lambda: on_step("membership"), should_stop)
+    membership = audit_membership(system, size.shadow_runs, seed, error, lambda: on_step("membership"), should_stop)
     return findings if membership is None else [*findings, membership]
 
 

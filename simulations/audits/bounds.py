@@ -13,8 +13,14 @@ import numpy as np
 from scipy.stats import binom, binomtest, hypergeom, rankdata
 from scipy.stats import t as student
 
-ERROR = 1e-3
-"""Of every conclusion: bounds hold with 99.9 %."""
+CONFIDENCE = 0.999
+"""With which all conclusions of one audit hold together, where nothing else is asked for."""
+
+
+def error_of_each(confidence: float) -> float:
+    """What each of an audit's seven conclusions may err with, so that all of them hold with `confidence`."""
+    return (1 - confidence) / 7
+
 
 FRACTIONS = (1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
 """Which part of the coins an auditor ventures a guess on, the surest ones; fixed before any audit, and paid for by

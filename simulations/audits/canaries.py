@@ -6,7 +6,7 @@ observer knows them and sees every released sum; its score of a canary is the li
 takes part by Poisson sampling at q, under noise z, against one that is not there. It also tries to predict the noise:
 it runs the public code for an empty cohort and subtracts what that releases.
 
-Four findings come of it, each at 99.9 %:
+Four findings come of it, each at the given error:
 
 ``canaries``     the lower bound on ε of the guesses (:func:`simulations.audits.bounds.epsilon_bound`), which holds for
                  whatever system;
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common.offer import Offer
 from server.cohort import CohortSum
-from simulations.audits.bounds import ERROR, epsilon_bound, largest_bound
+from simulations.audits.bounds import epsilon_bound, largest_bound
 from simulations.audits.finding import Finding, verdict_of
 from simulations.audits.system import DELTA, Seen, System, devices_of, train
 from simulations.batched_cohort import BatchedCohort, add_clipped, release
@@ -41,7 +41,7 @@ EXCESS = 10.0
 _COINS = 0x63616E61
 
 
-def audit_canaries(system: System, canaries: int, seed: int) -> list[Finding]:
+def audit_canaries(system: System, canaries: int, seed: int, error: float) -> list[Finding]:
     """One training with so many canaries, at most as many as there are parameters."""
     system = system.seeded(seed)
     scores = _Scores(system, _Canaries.draw(system.dimension, min(canaries, system.dimension), seed))
@@ -49,8 +49,8 @@ def audit_canaries(system: System, canaries: int, seed: int) -> list[Finding]:
     cohort = _CanariedCohort(devices, scores.canaries)
     examples = np.concatenate([system.examples, np.full(len(scores.canaries), EXCESS)])
     claim = train(system, cohort, examples, scores.see)
-    bound = epsilon_bound([scores.blind, scores.predicting], scores.canaries.present, DELTA, ERROR)
-    largest = largest_bound(bound.coins, 2, DELTA, ERROR)
+    bound = epsilon_bound([scores.blind, scores.predicting], scores.canaries.present, DELTA, error)
+    largest = largest_bound(bound.coins, 2, DELTA, error)
     epsilon = Finding(
         name="canaries",
         statistic="lower bound on ε from guesses which canaries were there, all releases seen",
@@ -67,10 +67,10 @@ def audit_canaries(system: System, canaries: int, seed: int) -> list[Finding]:
             "guesses": bound.guesses,
             "right": bound.right,
             "largest_bound": largest,
-            **scores.estimate(),
+            **scores.estimate(error),
         },
     )
-    return [epsilon, *scores.checks()]
+    return [epsilon, *scores.checks(error)]
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,17 @@ class _Scores:
         self._unpredicted += float((unpredicted[absent] ** 2).sum())
         self._rounds += 1
 
-    def checks(self) -> list[Finding]:
+    def checks(self, error: float) -> list[Finding]:
         shift, spread = self._shift()
         expected = self._rate * self._rounds
+        low = (shift - float(norm.isf(error)) * spread) / expected
         return [
             self._noise_check(
                 "noise",
                 "claimed noise over the measured one",
                 self._noise,
                 1.0,
+                error,
                 "too little noise",
                 "noise that somebody can predict; noise that is missing in some directions only; a deficit of 2 %, "
                 "which rounding and real devices' updates may hide",
@@ -172,6 +174,7 @@ class _Scores:
                 "claimed noise over what is left of it when the public code's own is subtracted",
                 self._unpredicted,
                 2.0,
+                error,
                 "noise that follows from the settings",
                 "noise that is predictable from anything else, such as the time",
             ),
@@ -179,9 +182,9 @@ class _Scores:
                 name="contribution",
                 statistic="what a canary adds to all sums, over q·T·C",
                 value=shift / expected,
-                lower_bound=(shift - float(norm.isf(ERROR)) * spread) / expected,
+                lower_bound=low,
                 limit=1.0,
-                verdict=verdict_of((shift - float(norm.isf(ERROR)) * spread) / expected, 1.0),
+                verdict=verdict_of(low, 1.0),
                 detects="a clip that does not hold, devices that are drawn too often or weigh by their examples",
                 cannot_detect="faults that need another update than the canaries' one coordinate",
                 details={"expected_rounds": expected},
@@ -189,11 +192,11 @@ class _Scores:
         ]
 
     def _noise_check(
-        self, name: str, statistic: str, squares: float, copies: float, detects: str, cannot_detect: str
+        self, name: str, statistic: str, squares: float, copies: float, error: float, detects: str, cannot_detect: str
     ) -> Finding:
         count = self._rounds * int(np.count_nonzero(~self.canaries.present))
         claimed = self._multiplier * copies**0.5
-        low = claimed * (chi2.ppf(ERROR, count) / max(squares, np.finfo(float).tiny)) ** 0.5
+        low = claimed * (chi2.ppf(error, count) / max(squares, np.finfo(float).tiny)) ** 0.5
         value = claimed * (count / max(squares, np.finfo(float).tiny)) ** 0.5
         return Finding(
             name,
@@ -222,11 +225,11 @@ class _Scores:
         error = np.hypot(there.std(ddof=1) / len(there) ** 0.5, absent.std(ddof=1) / len(absent) ** 0.5)
         return float(there.mean() - absent.mean()), float(error)
 
-    def estimate(self) -> dict[str, Any]:
-        """ε of a Gaussian mechanism that moves the canaries' sums as far, with an interval at 99.9 % each side."""
+    def estimate(self, error: float) -> dict[str, Any]:
+        """ε of a Gaussian mechanism that moves the canaries' sums as far, with an interval, each side at `error`."""
         spread = float(self._sums[~self.canaries.present].std(ddof=1))
-        shift, error = self._shift()
-        margin = float(norm.isf(ERROR)) * error
+        shift, deviation = self._shift()
+        margin = float(norm.isf(error)) * deviation
         low, middle, high = (_gaussian(spread, shift + part) for part in (-margin, 0.0, margin))
         return {"gaussian_estimate": middle, "gaussian_estimate_interval": [low, high]}
 

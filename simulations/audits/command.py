@@ -19,6 +19,9 @@ def audit(
     items: Annotated[int, typer.Option("--items", min=2, help="Items of a repetition, at most.")] = 200,
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Rounds of a repetition, at most.")] = 10,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of canaries and coins; the noise is the system's.")] = 0,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=1 - 1e-12, help="With which a correct system passes.")
+    ] = 0.999,
     study_seeds: Annotated[
         int, typer.Option("--study", metavar="SEEDS", min=0, help="Instead, audit broken systems over so many seeds.")
     ] = 0,
@@ -52,9 +55,9 @@ def audit(
         if study_seeds:
             claim = claim_of(folder)
             system = repetition(folder.settings(), claim.get("noise_multiplier", 0.0), size)
-            found = study(system, size, range(seed, seed + study_seeds), step, should_stop)
+            found = study(system, size, range(seed, seed + study_seeds), confidence, step, should_stop)
         else:
-            found = run_audit(folder, size, seed, step, should_stop)
+            found = run_audit(folder, size, seed, confidence, step, should_stop)
         stopped = should_stop()
     answer(format, found, lambda: study_table(found) if study_seeds else findings_text(found))
     if stopped:
@@ -69,7 +72,7 @@ def findings_text(report: dict[str, Any]) -> Any:
     from rich.console import Group
 
     repeated = report["repetition"]
-    table = Table("audit", "statistic", "value", "at least (99.9 %)", "limit", "verdict")
+    table = Table("audit", "statistic", "value", "at least", "limit", "verdict")
     notes = []
     for found in report["audits"]:
         figures = (f"{found[name]:.3g}" for name in ("value", "lower_bound", "limit"))
@@ -78,7 +81,7 @@ def findings_text(report: dict[str, Any]) -> Any:
     heading = (
         f"Repeated with {repeated['users']} users, {repeated['items']} items, {repeated['rounds']} rounds at the run's "
         f"z={repeated['noise_multiplier']:.3g} and q={repeated['cohort_rate']:g}; δ={repeated['delta']:g}, "
-        f"unit: {repeated['unit']}."
+        f"unit: {repeated['unit']}. All bounds hold together with {report['confidence']:.12g}."
     )
     verdict = "No audit failed." if report["passed"] else "An audit failed: the claimed ε does not hold."
     return Group(heading, table, *notes, verdict)

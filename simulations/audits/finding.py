@@ -14,7 +14,7 @@ class Finding:
         name: of the audit.
         statistic: what was measured, in words.
         value: the measurement.
-        lower_bound: what it is at least, at 99.9 %.
+        lower_bound: what it is at least, at the error that was asked for.
         limit: what the lower bound must not exceed.
         verdict: failed: it does; inconclusive: it does not, but could not either at this size, whatever the system.
         detects, cannot_detect: in words.

@@ -19,7 +19,7 @@ from client.local_update import losses_of
 from common.model import group_of, unflatten
 from common.offer import Offer
 from common.threads import one_thread
-from simulations.audits.bounds import ERROR, epsilon_bound, largest_bound, rate_interval, true_positives
+from simulations.audits.bounds import epsilon_bound, largest_bound, rate_interval, true_positives
 from simulations.audits.finding import Finding, verdict_of
 from simulations.audits.system import DELTA, Present, Seen, System, devices_of, train
 
@@ -31,7 +31,7 @@ _EVERY = 5  # rounds
 
 
 def audit_membership(
-    system: System, runs: int, seed: int, on_run: Callable[[], None], should_stop: Callable[[], bool]
+    system: System, runs: int, seed: int, error: float, on_run: Callable[[], None], should_stop: Callable[[], bool]
 ) -> Finding | None:
     """`runs` trainings, three quarters of them shadows; None if it was stopped before there were eight."""
     generator = np.random.default_rng([_COINS, seed])
@@ -50,8 +50,8 @@ def audit_membership(
         return None
     shadows = 3 * len(scores) // 4
     ratios, there = likelihood_ratios(np.array(scores), np.array(present), shadows)
-    bound = epsilon_bound([ratios], there, DELTA, ERROR)
-    largest = largest_bound(bound.coins, 1, DELTA, ERROR)
+    bound = epsilon_bound([ratios], there, DELTA, error)
+    largest = largest_bound(bound.coins, 1, DELTA, error)
     caught, positives = true_positives(ratios, there, FALSE_RATE)
     return Finding(
         name="membership",
@@ -71,7 +71,7 @@ def audit_membership(
             "right": bound.right,
             "largest_bound": largest,
             "tpr_at_1_percent_fpr": caught / positives,
-            "tpr_interval": rate_interval(caught, positives, ERROR),
+            "tpr_interval": rate_interval(caught, positives, error),
         },
     )
 

@@ -28,7 +28,7 @@ from common.secagg.member import TAG_BYTES
 from common.secagg.packing import unpack
 from common.secagg.roster import View
 from common.secagg.terms import Terms
-from simulations.audits.bounds import ERROR, hits_p_value, rate_interval
+from simulations.audits.bounds import hits_p_value, rate_interval
 from simulations.audits.evidence import items_moved, items_read
 from simulations.audits.finding import Finding, verdict_of
 from simulations.audits.system import System
@@ -51,7 +51,7 @@ def no_masks(masks: Masks) -> Masks:
     return []
 
 
-def audit_payload(system: System, seed: int, mask: Callable[[Masks], Masks] = all_masks) -> Finding:
+def audit_payload(system: System, seed: int, error: float, mask: Callable[[Masks], Masks] = all_masks) -> Finding:
     """One round of at most 20 devices; `mask`: what a device does with its masks."""
     system = system.seeded(seed)
     settings, items = system.settings, system.items
@@ -95,14 +95,14 @@ def audit_payload(system: System, seed: int, mask: Callable[[Masks], Masks] = al
         for vectors in (received, updates)
     )
     p_value = hits_p_value(hits, sizes, items)
-    low, high = rate_interval(hits, total, ERROR)
+    low, high = rate_interval(hits, total, error)
     return Finding(
         name="payload",
         statistic="surprise (−log₁₀ p) at how many of a device's items its upload gives away, against blind guesses",
         value=_surprise(p_value),
         lower_bound=_surprise(p_value),
-        limit=_surprise(ERROR),
-        verdict=verdict_of(_surprise(p_value), _surprise(ERROR), works=hits_p_value(raw, sizes, items) < ERROR),
+        limit=_surprise(error),
+        verdict=verdict_of(_surprise(p_value), _surprise(error), works=hits_p_value(raw, sizes, items) < error),
         detects="uploads that are not masked",
         cannot_detect="masks that somebody else can compute; a server that is told which survivors to unmask twice "
         "(tests/unit/test_secagg_attacks.py)",

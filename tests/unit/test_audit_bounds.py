@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from simulations.audits.bounds import (
-    ERROR,
+    CONFIDENCE,
     area,
     epsilon_bound,
+    error_of_each,
     guesses_bound,
     guesses_p_value,
     hits_p_value,
@@ -17,6 +18,8 @@ from simulations.audits.bounds import (
     rate_interval,
     true_positives,
 )
+
+ERROR = error_of_each(CONFIDENCE)
 
 
 def test_guesses_against_randomised_response_are_binomial() -> None:
