@@ -67,16 +67,18 @@ def simulate(
     format: FormatOption = "text",
 ) -> None:
     """Train federatedly over a simulated population, evaluate, and write the run folder."""
-    from server.dashboard.serve import beside
-    from server.population_ledger import open_population
     from server.run_folder import RunFolder
-    from simulations.progress import watch
-    from simulations.simulate import simulate as run
 
     if resume and (config is not None or overrides):
         raise SettingsError("Expected --resume without --config and --set: a run goes on with its own settings.")
     folder = RunFolder(out)
     settings = None if resume else load_settings(config, overrides or ())
+
+    from server.dashboard.serve import beside  # after the settings: mistakes in them are told at once
+    from server.population_ledger import open_population
+    from simulations.progress import watch
+    from simulations.simulate import simulate as run
+
     rounds = (settings or folder.settings()).training.rounds
     with beside(out, dashboard), ExitStack() as stack, ExitStack() as bars:
         report = run(

@@ -13,6 +13,9 @@ Unit: one user. Skellam noise is accounted as Gaussian noise whose variance is s
 (:func:`skellam_excess`); that subsampling amplifies it as it does the Gaussian is an assumption of the threat model.
 Losses of δ by encoding (:attr:`common.privacy.encoding.Encoding.delta_loss`) are for the caller to take off δ, once
 for each release. Tests are those of ``tests/unit/test_accounting.py``.
+
+opacus brings all of torch's distributed training, which takes seconds to import: only what needs it does, and a device,
+which accounts for ε_server alone, never.
 """
 
 import math
@@ -23,8 +26,6 @@ from functools import lru_cache, reduce
 import numpy as np
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian, get_sigma_gaussian
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
-from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis.gdp import delta_eps_mu, eps_from_mu
 from scipy.optimize import brentq
 from scipy.stats import binom
 
@@ -97,6 +98,8 @@ def epsilon_model(noise_multiplier: float, rate: float, releases: int, delta: fl
         return math.inf
     if all(q == 1 for _, q, _ in history):
         return _gaussian(1 / math.sqrt(sum(times / z**2 for z, _, times in history)), delta)
+    from opacus.accountants import PRVAccountant
+
     bound = _rough_epsilon(history, delta)
     if bound > _PRV_LARGEST:
         return bound
@@ -209,6 +212,8 @@ def epsilon_server(noise_multiplier: float, honest: float, contributions: int, d
 
 def epsilon_server_gdp(noise_multiplier: float, honest: float, contributions: int, delta: float) -> float:
     """The cross-check of :func:`epsilon_server`: opacus's dual of Gaussian differential privacy, for ε up to 500."""
+    from opacus.accountants.analysis.gdp import delta_eps_mu, eps_from_mu
+
     _check(noise_multiplier, honest, contributions, delta)
     if contributions == 0:
         return 0.0
@@ -237,6 +242,8 @@ def default_delta(users: int) -> float:
 
 def _rough_epsilon(history: History, delta: float) -> float:
     """By opacus's RDP accountant: an upper bound, in milliseconds."""
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
