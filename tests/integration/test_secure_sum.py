@@ -108,8 +108,11 @@ def plain(offer: Offer, encoded: dict[tuple[int, int], np.ndarray], roster: int,
 
 
 def patterns() -> Iterator[dict[str, set[int]]]:
-    """0, 10 and 20 % of the devices fall out at each stage, other devices at every stage."""
+    """0, 10 and 20 % of the devices fall out at each stage, other devices at every stage: 81 patterns, among which any
+    four stages have all their combinations (an orthogonal array of strength 4)."""
     for counts in itertools.product((0, 1, 2), repeat=len(STAGES)):
+        if sum(counts) % 3:
+            continue
         yield {
             stage: {2 * at, 2 * at + 1} - set(range(2 * at + count, 2 * at + 2))
             for at, (stage, count) in enumerate(zip(STAGES, counts, strict=True))
@@ -137,7 +140,7 @@ def test_secure_is_plain_to_the_bit_for_every_pattern_of_dropouts(encoded: dict[
         assert total.survivors == len(survivors)
         np.testing.assert_array_equal(total.total, plain(offer, encoded, n, survivors))
         released += 1
-    assert released > 50
+    assert released > 16
 
 
 SLICED = {"objective__slice_items": 20, "model__input_rows": 16}
