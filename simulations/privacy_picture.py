@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MissingDependency
-from common.privacy.planning import AMPLE, NEEDED
+from common.privacy.planning import AMPLE, NEEDED, USEFUL
 
 try:
     from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ def draw(curve: dict[str, list[tuple[float, float]]], plan: dict[str, Any], path
         axes.plot(*zip(*points, strict=True), color=colour, marker=".", label=name)
     axes.plot(plan["epsilon_model"], plan["signal_to_noise"], "D", color="black", label="the plan")
     axes.axhspan(axes.get_ylim()[0], NEEDED, color="#BBBBBB", alpha=0.4, label="the noise outweighs the signal")
+    axes.axhline(USEFUL, color="#BBBBBB", linestyle=":", label="clearly above popularity")
     axes.axhline(AMPLE, color="#BBBBBB", linestyle="--", label="noise is not what limits quality")
     axes.set(xscale="log", yscale="log", ylabel="expected signal-to-noise (upper estimate)")
     axes.set_xlabel(f"ε_model: one user added or removed, for {plan['observer']['epsilon_model']}; each at its own δ")

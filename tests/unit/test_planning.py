@@ -80,7 +80,8 @@ def test_too_few_users_are_told_so() -> None:
 
 def test_many_users_and_a_curve() -> None:
     plan = make_plan(100_000, 10_000, 400, 8.0, parameters=20_000)
-    assert "can support" in plan["verdict"] and plan["signal_to_noise"] > 10
+    assert plan["signal_to_noise"] > 10 and "less than the model without noise" in plan["verdict"]
+    assert make_plan(10_000_000, 100_000, 400, 8.0, parameters=20_000)["verdict"].endswith("not what limits quality.")
     own, fewer, more = make_curve(plan).values()
     assert all(epsilon > other for (epsilon, _), (other, _) in pairwise(own))
     assert all(ratio > other for (_, ratio), (_, other) in pairwise(own))
