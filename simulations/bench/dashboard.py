@@ -81,6 +81,7 @@ class _Meter:
         if place == 0:
             self.told.send("open" if kind == "open" else "closed")
         if place == self.rounds - 1 and not number:
+            self.told.recv()  # the viewer sees the run: only now does the dashboard have anything to compute
             _settle(self.dashboard)
         if place == _SKIPPED - 1:
             self._begin = self._readings()
@@ -221,6 +222,8 @@ def _view(address: str, told: Connection) -> None:
             begun = time.monotonic()
             with httpx.stream("GET", f"{address}/stream/run/run", timeout=30) as response:
                 for line in response.iter_lines():
+                    if not size:
+                        told.send("seen")
                     messages += line.startswith("data:")
                     size += len(line)
                     if told.poll():
