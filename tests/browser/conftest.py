@@ -70,9 +70,10 @@ def wait_until(what: Callable[[], bool], seconds: float = 150) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator["sync_api.Browser"]:
-    """Debian's chromium, which speaks to nobody but our pages."""
+    """Debian's chromium, which speaks to nobody but our pages. It ends with them: its event loop would be in the way of
+    others'."""
     executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if executable is None:
         pytest.skip("chromium is not installed")

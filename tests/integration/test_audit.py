@@ -104,9 +104,9 @@ def test_an_adaptive_clip_is_audited_in_its_own_units() -> None:
     """From a first C far above all norms, so that it moves, in a round's units of what one user adds to it."""
     changes = {"privacy.clip_quantile": 0.5, "privacy.clip_norm": 50.0, "privacy.clip_learning_rate": 1.0}
     adaptive = repetition(settings_with(**changes), 2.0, SIZE)
-    found = {finding.name: finding for finding in audit_canaries(adaptive, SIZE.canaries, 0)}
+    found = {finding.name: finding for finding in audit_canaries(adaptive, SIZE.canaries, 0, NEVER)}
     assert not failed(found) and found["noise"].value == pytest.approx(1, abs=0.03)
-    flawed = audit_canaries(replace(adaptive, flaw=BROKEN["clip off"]), SIZE.canaries, 0)
+    flawed = audit_canaries(replace(adaptive, flaw=BROKEN["clip off"]), SIZE.canaries, 0, ERROR)
     assert "contribution" in failed({finding.name: finding for finding in flawed})
 
 

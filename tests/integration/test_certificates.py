@@ -22,6 +22,7 @@ from common.errors import AggregationError
 from common.messages import run_digest
 from common.model import initialise
 from common.offer import Offer
+from common.privacy.adaptive_clip import sent
 from common.privacy.encoding import Encoding
 from common.settings import Settings
 from server.authority import Authority
@@ -66,9 +67,9 @@ class Trial:
         nodes = Nodes(self.grid, 10.0, {number: 100 + number for number in range(DEVICES)})
         cohort = SecureSum(nodes, self.settings, run_digest(self.settings, 7), trust, self._record)
         parameters = initialise(self.settings, len(self.site.catalogue), torch.Generator().manual_seed(1))
-        dimension = sum(value.numel() for value in parameters.values())
+        length, bound = sent(self.settings.privacy, sum(value.numel() for value in parameters.values()))
         honest = 1 - self.settings.aggregation.corrupt_fraction - self.settings.aggregation.dropout_fraction
-        encoding = Encoding.choose(dimension, 1.0, 1.0, DEVICES, honest)
+        encoding = Encoding.choose(length, bound, 1.0, DEVICES, honest)
         self.grid.seen.clear()
         return cohort.sum_updates(Offer(round_, 1, parameters, encoding, self.settings), np.arange(DEVICES))
 

@@ -210,7 +210,8 @@ def test_no_secret_of_a_device_is_elsewhere(fleet: Fleet, plain: Path, place: st
 def test_all_that_passes_is_tls(fleet: Fleet) -> None:
     hidden = b"".join(path.read_bytes() for path in files(fleet.traffic / HIDDEN))
     assert hidden.count(b"POST /v1/fleet/push-messages") == 3 * 4 * DEVICES + 2 * DEVICES  # and advertise and model
-    for path in files(fleet.traffic / WIRE):
-        content = path.read_bytes()
+    wire = [path.read_bytes() for path in files(fleet.traffic / WIRE)]
+    assert sum(map(len, wire)) > len(hidden)
+    for content in filter(None, wire):  # a device that is told to end may have connected and not said anything
         assert content[:2] == b"\x16\x03"  # a handshake
         assert b"HTTP" not in content and b"fleet" not in content

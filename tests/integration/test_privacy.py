@@ -59,7 +59,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(20))
 def test_the_second_accountant_agrees_with_the_ledger(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     report = simulate(

@@ -151,7 +151,7 @@ def test_no_epsilon_of_the_server_is_claimed_anywhere(tmp_path: Path) -> None:
     course.update()
     spending.finish(course)
     [chart] = panels(course, spending)["privacy"]
-    page = run_parts("run", course, spending, operator=False, preview=False)["html"]
+    page = run_parts("run", course, spending, preview=False)["html"]
     assert spending.spent is not None and spending.spent["epsilon_server"] == NOT_OFFERED
     assert {line.name.split(",")[0] for line in chart.lines} == {"ε_model"}  # type: ignore[union-attr]
     assert "not offered" in page["privacy"] and "noise.key" in page["cautions"]

@@ -383,9 +383,10 @@ def test_a_feed_draws_once_for_all() -> None:
 
 def test_what_is_unchanged_is_not_read_again(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(recorded / "simulation", tmp_path / "run")
+    course = read_course(RunFolder(tmp_path / "run"))  # which may make SQLite write its own files
     for path in (tmp_path / "run").iterdir():
         os.utime(path, (1e9, 1e9))
-    course = read_course(RunFolder(tmp_path / "run"))
+    update(course)
     monkeypatch.setattr("server.dashboard.course.open_store_read_only", None)
     update(course)
     assert course.round == 8
