@@ -17,9 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt common/kernels.c
 demo: $(INSTALLED)
 	$(BIN)/fedtopk demo --out runs/demo
 
-# Two processes: much of the suite waits for real processes. tests/conftest.py says which tests go together.
+# Two processes: much of the suite waits for real processes. A file's tests share what they start.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

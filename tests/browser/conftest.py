@@ -70,7 +70,7 @@ def wait_until(what: Callable[[], bool], seconds: float = 150) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator["sync_api.Browser"]:
     """Debian's chromium, which speaks to nobody but our pages. It ends with them: its event loop would be in the way of
     others'."""
