@@ -276,7 +276,7 @@ void gram(size users, size steps, size width, const float *values, float *into)
 
 /* Of each user's steps, those with the same id are added up; `slots` holds 2^bits > steps numbers. */
 void row_squares(size users, size steps, size width, const float *delta, size delta_user, size delta_step,
-                 const int64_t *ids, float *squares, float *sums, int32_t *slots, int bits)
+                 const int64_t *ids, float *squares, float *sums, int32_t *slots, size bits)
 {
     for (size u = 0; u < users; u++, ids += steps) {
         size used = 0;
