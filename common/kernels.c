@@ -62,74 +62,164 @@ static inline v8 power_of_2(v8 x)
 static inline v8 sigmoid(v8 x) { return 1 / (1 + power_of_2(-LOG2E * x)); }
 static inline v8 tanh_of(v8 x) { return 2 / (1 + power_of_2(-2 * LOG2E * x)) - 1; }
 
-/* For each device b and each eight of its n numbers, from j on. */
-#define EACH for (size b = 0; b < devices; b++) for (size j = 0; j < n; j += 8)
-#define AT(matrix, row, column) load((matrix) + b * (row) + (column) + j, n - j)
-#define PUT(matrix, row, column, value) store((matrix) + b * (row) + (column) + j, value, n - j)
+/* Tiles that stay in sixteen registers: with all loops over one unrolled, its numbers never see memory. */
+enum { TALL = 6, HIGH = 4, BROAD = 3, GROUP = 4 * TALL, PANEL = 16 };
+#define UNROLLED(i, count) _Pragma("GCC unroll 6") for (int i = 0; i < (count); i++)
 
-void gru_open(size devices, size n, float *gates, const float *state, float *left, size row)
+static inline size padded(size columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
+
+/* A matrix for `product`, PANEL columns at a time, filled up with 0; returns what lies behind. */
+static float *pack(size depth, size columns, const float *from, size by_depth, size by_column, float *to)
 {
-    EACH {
-        v8 kept = sigmoid(AT(gates, 2 * n, n));
-        PUT(gates, 2 * n, 0, sigmoid(AT(gates, 2 * n, 0)));
-        PUT(gates, 2 * n, n, kept);
-        PUT(left, row, 0, kept * AT(state, row, 0));
+    for (size c = 0; c < columns; c += PANEL)
+        for (size k = 0; k < depth; k++)
+            for (size j = c; j < c + PANEL; j++) *to++ = j < columns ? from[k * by_depth + j * by_column] : 0;
+    return to;
+}
+
+/* Up to GROUP rows of x, of `depth` numbers and `row` apart, times a packed matrix, into GROUP rows of padded columns:
+ * each number is the same sum in the same order, whichever row it is in. */
+static void product(size rows, size depth, const float *x, size row, const float *packed, size columns, float *into)
+{
+    for (size c = 0; c < columns; c += PANEL, packed += depth * PANEL)
+        for (size r = 0; r < rows; r += TALL) {
+            const float *read[TALL];
+            v8 sums[TALL][2];
+            UNROLLED(i, TALL) read[i] = x + (r + i < rows ? r + i : rows - 1) * row;
+            UNROLLED(i, TALL) sums[i][0] = sums[i][1] = (v8){0};
+            for (size k = 0; k < depth; k++) {
+                v8 low = *(const v8 *)(packed + k * PANEL), high = *(const v8 *)(packed + k * PANEL + 8);
+                UNROLLED(i, TALL) {
+                    v8 one = all(read[i][k]);
+                    sums[i][0] += one * low;
+                    sums[i][1] += one * high;
+                }
+            }
+            UNROLLED(i, TALL) {
+                *(v8 *)(into + (r + i) * columns + c) = sums[i][0];
+                *(v8 *)(into + (r + i) * columns + c + 8) = sums[i][1];
+            }
+        }
+}
+
+/* The scans go through all steps with a few devices before they begin with others, whose numbers then stay in the cache.
+ * For each device b of those and each eight of its `count` numbers, from j on: */
+#define GROUPS for (size first = 0, some; some = devices - first < GROUP ? devices - first : GROUP, some > 0; first += some)
+#define EACH(count) for (size b = 0; b < some; b++) for (size j = 0, left = (count); left > 0; j += 8, left -= 8)
+#define AT(matrix, row, column) load((matrix) + b * (row) + (column) + j, left)
+#define PUT(matrix, row, column, value) store((matrix) + b * (row) + (column) + j, value, left)
+
+void gru_scan(size steps, size devices, size n, size row, float *inputs, float *reset, float *opened, float *fresh,
+              const float *gates, const float *candidate, float *scratch)
+{
+    size wide = padded(2 * n), narrow = padded(n), own = row - n;
+    float *open = scratch, *drive = pack(row, 2 * n, gates, 1, row, open), *out = pack(row, n, candidate, 1, row, drive);
+    GROUPS for (size t = 0; t < steps; t++) {
+        size at = t * devices + first;
+        float *read = inputs + at * row, *state = read + own, *next = state + devices * row;
+        float *again = reset + at * row, *o = opened + at * 2 * n, *f = fresh + at * n;
+        product(some, row, read, row, open, wide, out);
+        EACH(n) {
+            v8 kept = sigmoid(AT(out, wide, n));
+            PUT(o, 2 * n, 0, sigmoid(AT(out, wide, 0)));
+            PUT(o, 2 * n, n, kept);
+            PUT(again, row, own, kept * AT(state, row, 0));
+        }
+        product(some, row, again, row, drive, narrow, out);
+        EACH(n) {
+            v8 new = tanh_of(AT(out, narrow, 0));
+            PUT(f, n, 0, new);
+            PUT(next, row, 0, new + AT(o, 2 * n, 0) * (AT(state, row, 0) - new));
+        }
     }
 }
 
-void gru_close(size devices, size n, const float *gates, float *fresh, const float *state, float *next, size row)
+void gru_scan_back(size steps, size devices, size n, size row, const float *inputs, const float *opened,
+                   const float *fresh, const float *gates, const float *candidate, const float *wanted,
+                   size wanted_step, size wanted_device, float *by_gates, float *by_fresh, float *by_inputs,
+                   float *scratch)
 {
-    EACH {
-        v8 new = tanh_of(AT(fresh, n, 0));
-        PUT(fresh, n, 0, new);
-        PUT(next, row, 0, new + AT(gates, 2 * n, 0) * (AT(state, row, 0) - new));
+    size x = row - n - 1, narrow = padded(n), width = narrow + padded(x);
+    float *open = scratch, *drive = pack(2 * n, x, gates, row, 1, pack(2 * n, n, gates + x + 1, row, 1, open));
+    float *later = pack(n, x, candidate, row, 1, pack(n, n, candidate + x + 1, row, 1, drive));
+    float *out = later + GROUP * n, *more = out + GROUP * width;
+    GROUPS {
+        EACH(n) PUT(later, n, 0, AT(wanted + steps * wanted_step + first * wanted_device, wanted_device, 0));
+        for (size t = steps - 1; t >= 0; t--) {
+            size at = t * devices + first;
+            const float *state = inputs + at * row + x + 1, *o = opened + at * 2 * n, *f = fresh + at * n;
+            const float *asked = wanted + t * wanted_step + first * wanted_device;
+            float *g = by_gates + at * 2 * n, *d = by_fresh + at * n, *i = by_inputs + at * x;
+            EACH(n) {
+                v8 due = AT(later, n, 0), keep = AT(o, 2 * n, 0), new = AT(f, n, 0), one = due - due * keep;
+                PUT(g, 2 * n, 0, due * (AT(state, row, 0) - new) * (keep - keep * keep));
+                PUT(d, n, 0, one - one * new * new);
+            }
+            product(some, n, d, n, drive, width, more);
+            EACH(n) {
+                v8 by_reset = AT(more, width, 0), kept = AT(o, 2 * n, n);
+                PUT(g, 2 * n, n, by_reset * AT(state, row, 0) * (kept - kept * kept));
+                PUT(later, n, 0, AT(later, n, 0) * AT(o, 2 * n, 0) + by_reset * kept + AT(asked, wanted_device, 0));
+            }
+            product(some, 2 * n, g, 2 * n, open, width, out);
+            EACH(n) PUT(later, n, 0, AT(later, n, 0) + AT(out, width, 0));
+            EACH(x) PUT(i, x, 0, AT(out, width, narrow) + AT(more, width, narrow));
+        }
     }
 }
 
-void gru_back(size devices, size n, const float *later, const float *gates, const float *fresh, const float *state,
-              size row, float *by_gates, float *by_fresh)
+void cfn_scan(size steps, size devices, size n, size row, float *inputs, float *opened, float *driven, float *squashed,
+              const float *gates, const float *candidate, float *scratch)
 {
-    EACH {
-        v8 wanted = AT(later, n, 0), keep = AT(gates, 2 * n, 0), new = AT(fresh, n, 0), one = wanted - wanted * keep;
-        PUT(by_gates, 2 * n, 0, wanted * (AT(state, row, 0) - new) * (keep - keep * keep));
-        PUT(by_fresh, n, 0, one - one * new * new);
+    size x = row - n - 1, wide = padded(2 * n), narrow = padded(n);
+    float *open = scratch, *drive = pack(row, 2 * n, gates, 1, row, open), *out = pack(x, n, candidate, 1, x, drive);
+    float *more = out + GROUP * wide;
+    GROUPS for (size t = 0; t < steps; t++) {
+        size at = t * devices + first;
+        float *read = inputs + at * row, *state = read + x + 1, *next = state + devices * row;
+        float *o = opened + at * 2 * n, *d = driven + at * n, *q = squashed + at * n;
+        product(some, row, read, row, open, wide, out);
+        product(some, x, read, row, drive, narrow, more);
+        EACH(n) {
+            v8 keep = sigmoid(AT(out, wide, 0)), take = sigmoid(AT(out, wide, n));
+            v8 new = tanh_of(AT(more, narrow, 0)), old = tanh_of(AT(state, row, 0));
+            PUT(o, 2 * n, 0, keep);
+            PUT(o, 2 * n, n, take);
+            PUT(d, n, 0, new);
+            PUT(q, n, 0, old);
+            PUT(next, row, 0, keep * old + take * new);
+        }
     }
 }
 
-void gru_back_left(size devices, size n, float *later, const float *by_left, const float *gates, const float *state,
-                   size row, float *by_gates, const float *wanted, size wanted_row)
+void cfn_scan_back(size steps, size devices, size n, size x, const float *opened, const float *driven,
+                   const float *squashed, const float *gates, const float *candidate, const float *wanted,
+                   size wanted_step, size wanted_device, float *by_gates, float *by_driven, float *by_inputs,
+                   float *scratch)
 {
-    EACH {
-        v8 left = AT(by_left, n, 0), kept = AT(gates, 2 * n, n);
-        PUT(by_gates, 2 * n, n, left * AT(state, row, 0) * (kept - kept * kept));
-        PUT(later, n, 0, AT(later, n, 0) * AT(gates, 2 * n, 0) + left * kept + AT(wanted, wanted_row, 0));
-    }
-}
-
-void cfn_step(size devices, size n, float *gates, float *driven, float *squashed, const float *state, float *next,
-              size row)
-{
-    EACH {
-        v8 keep = sigmoid(AT(gates, 2 * n, 0)), take = sigmoid(AT(gates, 2 * n, n));
-        v8 drive = tanh_of(AT(driven, n, 0)), old = tanh_of(AT(state, row, 0));
-        PUT(gates, 2 * n, 0, keep);
-        PUT(gates, 2 * n, n, take);
-        PUT(driven, n, 0, drive);
-        PUT(squashed, n, 0, old);
-        PUT(next, row, 0, keep * old + take * drive);
-    }
-}
-
-void cfn_back(size devices, size n, float *later, const float *gates, const float *driven, const float *squashed,
-              float *by_gates, float *by_driven, const float *wanted, size wanted_row)
-{
-    EACH {
-        v8 asked = AT(later, n, 0), keep = AT(gates, 2 * n, 0), take = AT(gates, 2 * n, n);
-        v8 drive = AT(driven, n, 0), old = AT(squashed, n, 0), one = asked * take, kept = asked * keep;
-        PUT(by_gates, 2 * n, 0, asked * old * (keep - keep * keep));
-        PUT(by_gates, 2 * n, n, asked * drive * (take - take * take));
-        PUT(by_driven, n, 0, one - one * drive * drive);
-        PUT(later, n, 0, kept - kept * old * old + AT(wanted, wanted_row, 0));
+    size row = x + 1 + n, narrow = padded(n), width = narrow + padded(x);
+    float *open = scratch, *drive = pack(2 * n, x, gates, row, 1, pack(2 * n, n, gates + x + 1, row, 1, open));
+    float *later = pack(n, x, candidate, x, 1, drive), *out = later + GROUP * n, *more = out + GROUP * width;
+    GROUPS {
+        EACH(n) PUT(later, n, 0, AT(wanted + steps * wanted_step + first * wanted_device, wanted_device, 0));
+        for (size t = steps - 1; t >= 0; t--) {
+            size at = t * devices + first;
+            const float *o = opened + at * 2 * n, *e = driven + at * n, *q = squashed + at * n;
+            const float *asked = wanted + t * wanted_step + first * wanted_device;
+            float *g = by_gates + at * 2 * n, *d = by_driven + at * n, *i = by_inputs + at * x;
+            EACH(n) {
+                v8 due = AT(later, n, 0), keep = AT(o, 2 * n, 0), take = AT(o, 2 * n, n);
+                v8 new = AT(e, n, 0), old = AT(q, n, 0), one = due * take, kept = due * keep;
+                PUT(g, 2 * n, 0, due * old * (keep - keep * keep));
+                PUT(g, 2 * n, n, due * new * (take - take * take));
+                PUT(d, n, 0, one - one * new * new);
+                PUT(later, n, 0, kept - kept * old * old + AT(asked, wanted_device, 0));
+            }
+            product(some, 2 * n, g, 2 * n, open, width, out);
+            product(some, n, d, n, drive, padded(x), more);
+            EACH(n) PUT(later, n, 0, AT(later, n, 0) + AT(out, width, 0));
+            EACH(x) PUT(i, x, 0, AT(out, width, narrow) + AT(more, padded(x), 0));
+        }
     }
 }
 
@@ -191,10 +281,6 @@ void sampled_rows(size rows, size width, float *logits, const float *log_weights
         }
     }
 }
-
-/* Tiles that stay in sixteen registers: with all loops over one unrolled, its numbers never see memory. */
-enum { TALL = 6, HIGH = 4, BROAD = 3 };
-#define UNROLLED(i, count) _Pragma("GCC unroll 6") for (int i = 0; i < (count); i++)
 
 /* TALL rows and 8 * wide columns of the sum over steps of delta^T x; `rows` of them exist. Returns their squares. */
 static inline __attribute__((always_inline)) v8 tile(size steps, const float *delta, size outputs, const float *x,

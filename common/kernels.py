@@ -4,8 +4,10 @@ Each is there twice and computes the same to a few ulp (``tests/unit/test_kernel
 over numbers that are in the cache, where PyTorch passes five or ten times. PyTorch's is the reference, and serves where
 nothing was compiled, in float64, and for a device by itself, whose numbers so do not depend on a compiler.
 
-Shapes: B devices, n state width, T steps, C candidates; "…" stands for the steps of some devices. States are the ends
-of longer rows; everything else is contiguous, where nothing else is said.
+The loops over time are in :mod:`common.scan`.
+
+Shapes: B devices, T steps, C candidates; "…" stands for the steps of some devices. Everything is contiguous, where
+nothing else is said.
 """
 
 import ctypes
@@ -27,96 +29,10 @@ _CACHED = 2**14  # numbers that are converted at a time: they stay in the cache
 _MOST_STEPS = 2**15  # whose squares are counted in 32 bits
 
 
-def gru_open(gates: Tensor, state: Tensor, left: Tensor) -> None:
-    """[z, r] = σ of `gates` (B, 2n), in place, and r ⊙ `state` into `left`, both (B, n)."""
-    if _compiled(gates):
-        devices, n = state.shape
-        call("gru_open", devices, n, gates, state, left, state.stride(0))
-        return
-    _, kept = gates.sigmoid_().chunk(2, -1)
-    torch.mul(kept, state, out=left)
-
-
-def gru_close(gates: Tensor, fresh: Tensor, state: Tensor, following: Tensor) -> None:
-    """f = tanh of `fresh` (B, n), in place, and z ⊙ `state` + (1 − z) ⊙ f into `following`, from opened `gates`."""
-    if _compiled(gates):
-        devices, n = state.shape
-        call("gru_close", devices, n, gates, fresh, state, following, state.stride(0))
-        return
-    torch.lerp(tanh_(fresh), state, gates.chunk(2, -1)[0], out=following)
-
-
-def gru_back(later: Tensor, gates: Tensor, fresh: Tensor, state: Tensor, by_gates: Tensor, by_fresh: Tensor) -> None:
-    """From `later` (B, n), the loss's gradient by the state after the step: that by what σ of z and tanh of f were
-    taken of, into the first half of `by_gates` (B, 2n) and into `by_fresh` (B, n)."""
-    devices, n = state.shape
-    if _compiled(gates):
-        call("gru_back", devices, n, later, gates, fresh, state, state.stride(0), by_gates, by_fresh)
-        return
-    keep = gates[:, :n]
-    torch.sub(state, fresh, out=by_gates[:, :n]).mul_(later).mul_(keep - keep * keep)  # σ' = σ − σ²
-    torch.addcmul(later, later, keep, value=-1, out=by_fresh)
-    by_fresh.addcmul_(by_fresh * fresh, fresh, value=-1)  # tanh' = 1 − tanh²
-
-
-def gru_back_left(
-    later: Tensor, by_left: Tensor, gates: Tensor, state: Tensor, by_gates: Tensor, wanted: Tensor
-) -> None:
-    """From the gradient `by_left` (B, n) by r ⊙ s: that by what σ of r was taken of, into the second half of
-    `by_gates`; and `later` becomes the gradient by the state before the step, as far as it does not go through the
-    gates, with what is `wanted` (B, n) of that state itself."""
-    devices, n = state.shape
-    if _compiled(gates):
-        strides = state.stride(0), by_gates, wanted, wanted.stride(0)
-        call("gru_back_left", devices, n, later, by_left, gates, state, *strides)
-        return
-    keep, kept = gates.chunk(2, -1)
-    torch.mul(by_left, state, out=by_gates[:, n:]).mul_(kept - kept * kept)
-    later.mul_(keep).addcmul_(by_left, kept).add_(wanted)
-
-
-def cfn_step(gates: Tensor, driven: Tensor, squashed: Tensor, state: Tensor, following: Tensor) -> None:
-    """[z, i] = σ of `gates` (B, 2n) and tanh of `driven` (B, n), in place, tanh of `state` into `squashed`, and
-    z ⊙ tanh(s) + i ⊙ driven into `following`."""
-    if _compiled(gates):
-        devices, n = state.shape
-        call("cfn_step", devices, n, gates, driven, squashed, state, following, state.stride(0))
-        return
-    keep, take = gates.sigmoid_().chunk(2, -1)
-    tanh_(squashed.copy_(state))
-    torch.mul(take, tanh_(driven), out=following).addcmul_(keep, squashed)
-
-
-def cfn_back(
-    later: Tensor,
-    gates: Tensor,
-    driven: Tensor,
-    squashed: Tensor,
-    by_gates: Tensor,
-    by_driven: Tensor,
-    wanted: Tensor,
-) -> None:
-    """From `later` (B, n), the gradient by the state after the step: that by what σ and tanh were taken of, into
-    `by_gates` (B, 2n) and `by_driven` (B, n); `later` as in :func:`gru_back_left`."""
-    devices, n = later.shape
-    if _compiled(gates):
-        more = by_gates, by_driven, wanted, wanted.stride(0)
-        call("cfn_back", devices, n, later, gates, driven, squashed, *more)
-        return
-    keep, take = gates.chunk(2, -1)
-    torch.mul(later, squashed, out=by_gates[:, :n])
-    torch.mul(later, driven, out=by_gates[:, n:])
-    by_gates.mul_(gates - gates * gates)
-    torch.mul(later, take, out=by_driven)
-    by_driven.addcmul_(by_driven * driven, driven, value=-1)
-    later.mul_(keep)
-    later.addcmul_(later * squashed, squashed, value=-1).add_(wanted)
-
-
 def softmax_rows(logits: Tensor, items: Tensor) -> Tensor:
     """(…) log-probability of each row's item (…), from `logits` (…, C) in units of 1/log2 e, which become the residual
     in place: the probabilities less 1 at the item."""
-    if _compiled(logits):
+    if compiled(logits):
         log_probability = torch.empty_like(items, dtype=logits.dtype)
         call("softmax_rows", items.numel(), logits.shape[-1], logits, items.contiguous(), log_probability)
         return log_probability
@@ -137,7 +53,7 @@ def sampled_rows(logits: Tensor, log_weights: Tensor, column: Tensor, own: Tenso
         column: (…) the candidate that is the step's own item and counts for nothing, or -1.
         own: (…) logit of the own item, in the same units.
     """
-    if _compiled(logits):
+    if compiled(logits):
         log_probability, missing = torch.empty_like(own), torch.empty_like(own)
         arguments = logits, log_weights, column.contiguous(), own.contiguous(), log_probability, missing
         call("sampled_rows", own.numel(), logits.shape[-1], *arguments)
@@ -157,7 +73,7 @@ def form(delta: Tensor, inputs: Tensor, values: Tensor, squares: Tensor) -> None
     into `squares` (B,)."""
     users, steps, outputs = delta.shape
     width = inputs.shape[-1]
-    if _compiled(values) and steps and delta.stride(2) == inputs.stride(2) == 1:
+    if compiled(values) and steps and delta.stride(2) == inputs.stride(2) == 1:
         scratch = delta.new_empty(steps * (outputs + 8 + width))
         strides = delta.stride(0), delta.stride(1), inputs, inputs.stride(0), inputs.stride(1)
         call("form", users, steps, outputs, width, delta, *strides, values, squares, scratch)
@@ -171,7 +87,7 @@ def row_squares(delta: Tensor, ids: Tensor) -> Tensor:
     """(B,) each user's squared norm of what its steps' δ (B, T, i) add to the rows `ids` (B, T)."""
     users, steps, width = delta.shape
     squares = delta.new_zeros(users)
-    if _compiled(delta) and delta.stride(2) == 1 and 0 < steps < _MOST_STEPS:
+    if compiled(delta) and delta.stride(2) == 1 and 0 < steps < _MOST_STEPS:
         bits = steps.bit_length() + 1
         sums, slots = delta.new_empty(steps * width), ids.new_empty(2**bits, dtype=torch.int32)
         strides = delta.stride(0), delta.stride(1)
@@ -184,7 +100,7 @@ def row_squares(delta: Tensor, ids: Tensor) -> Tensor:
 
 def add_fixed(total: Tensor, factor: float, fixed: NDArray[np.int64]) -> bool:
     """Add `total` (d,) times the factor, rounded, to `fixed` (d,); whether all that was added is below 2^51."""
-    if _compiled(total):
+    if compiled(total):
         return call("add_fixed", len(total), total, factor, torch.from_numpy(fixed)) == 0
     fits = True
     for start in range(0, len(total), _CACHED):
@@ -197,7 +113,7 @@ def add_fixed(total: Tensor, factor: float, fixed: NDArray[np.int64]) -> bool:
 def gram(values: Tensor) -> Tensor:
     """(B, T, T) inner products between a user's own steps, of (B, T, ·)."""
     users, steps, width = values.shape
-    if _compiled(values) and values.is_contiguous():
+    if compiled(values) and values.is_contiguous():
         products = values.new_empty(users, steps, steps)
         call("gram", users, steps, width, values, products)
         return products
@@ -221,7 +137,8 @@ available = _library is not None
 """Whether this machine runs the compiled ones."""
 
 
-def _compiled(values: Tensor) -> bool:
+def compiled(values: Tensor) -> bool:
+    """Whether the compiled loops serve these numbers of B devices, the first axis."""
     return _library is not None and values.dtype == torch.float32 and len(values) > 1
 
 

@@ -3,7 +3,8 @@
 Autograd would keep a node and a fresh tensor for each of some twenty operations of each step. Here a step works in
 buffers that are there before the loop, time runs along the first axis, so that a step is one contiguous piece of
 memory, and the backward loop makes what is asked for and nothing else: δ of the cell's linear outputs, from which ghost
-norms and sums follow (:mod:`common.ghost`). No weight gets a gradient.
+norms and sums follow (:mod:`common.ghost`). No weight gets a gradient. For several devices in float32 the loops are
+compiled (:mod:`common.kernels`): a few devices at a time go through all steps, with the weights in the cache.
 
 The plain loops, :func:`cfn_steps` and :func:`gru_steps`, are for whatever needs autograd, and the truth in
 ``tests/unit/test_scan.py``. B devices, T steps, input width x, states of width n; weights as in :mod:`common.model`.
@@ -45,29 +46,50 @@ class CfnScan:
     def __init__(self, inputs: Tensor, gates: Tensor, candidate: Tensor) -> None:
         steps, devices, x = inputs.shape
         n = len(candidate)
-        self._gates, self._candidate, self._x = gates, candidate, x
+        self._gates, self._candidate, self._x = gates.contiguous(), candidate.contiguous(), x
         self.inputs, self.states = _with_states(inputs, n)
         self._opened = inputs.new_empty(steps, devices, 2 * n)
         self._driven = inputs.new_empty(steps, devices, n)
         self._squashed = inputs.new_empty(steps, devices, n)
+        self._compiled = kernels.compiled(inputs.transpose(0, 1))
+        if self._compiled:
+            self._scratch = _scratch(self.inputs, n)
+            results = self.inputs, self._opened, self._driven, self._squashed
+            sizes = steps, devices, n, x + 1 + n
+            kernels.call("cfn_scan", *sizes, *results, self._gates, self._candidate, self._scratch)
+            return
         reads, drives = gates.T, candidate.T
         for t in range(steps):
-            torch.mm(self.inputs[t], reads, out=self._opened[t])
-            torch.mm(inputs[t], drives, out=self._driven[t])
-            of_step = self._opened[t], self._driven[t], self._squashed[t]
-            kernels.cfn_step(*of_step, self.states[t], self.states[t + 1])
+            torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_()
+            kernels.tanh_(torch.mm(inputs[t], drives, out=self._driven[t]))
+            keep, take = self._opened[t].chunk(2, -1)
+            squashed = kernels.tanh_(self._squashed[t].copy_(self.states[t]))
+            torch.mul(take, self._driven[t], out=self.states[t + 1]).addcmul_(keep, squashed)
 
     def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
         """As :meth:`Scan.backward`."""
         x = self._x
-        by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
         gates, drives = torch.empty_like(self._opened), torch.empty_like(self._driven)
-        later = wanted[-1].clone()  # what the state after the step is asked for
-        for t in range(len(drives) - 1, -1, -1):
-            of_step = self._opened[t], self._driven[t], self._squashed[t]
-            kernels.cfn_back(later, *of_step, gates[t], drives[t], wanted[t])
-            later.addmm_(gates[t], by_state)
-        inputs = gates @ by_input + drives @ self._candidate
+        steps, devices, n = drives.shape
+        if self._compiled:
+            inputs = drives.new_empty(steps, devices, x)
+            forward = self._opened, self._driven, self._squashed, self._gates, self._candidate
+            results = gates, drives, inputs, self._scratch
+            kernels.call("cfn_scan_back", steps, devices, n, x, *forward, *_strided(wanted), *results)
+        else:
+            by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
+            later = wanted[-1].clone()  # what the state after the step is asked for
+            for t in range(steps - 1, -1, -1):
+                opened, driven, squashed = self._opened[t], self._driven[t], self._squashed[t]
+                keep, take = opened.chunk(2, -1)
+                torch.mul(later, squashed, out=gates[t, :, :n])
+                torch.mul(later, driven, out=gates[t, :, n:])
+                gates[t].mul_(opened - opened * opened)  # σ' = σ − σ²
+                torch.mul(later, take, out=drives[t])
+                drives[t].addcmul_(drives[t] * driven, driven, value=-1)  # tanh' = 1 − tanh²
+                later.mul_(keep)
+                later.addcmul_(later * squashed, squashed, value=-1).add_(wanted[t]).addmm_(gates[t], by_state)
+            inputs = gates @ by_input + drives @ self._candidate
         return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", drives, self.inputs[..., :x])]
 
 
@@ -83,34 +105,65 @@ class GruScan:
     def __init__(self, inputs: Tensor, gates: Tensor, candidate: Tensor) -> None:
         steps, devices, x = inputs.shape
         n = len(candidate)
-        self._gates, self._candidate, self._x = gates, candidate, x
+        self._gates, self._candidate, self._x = gates.contiguous(), candidate.contiguous(), x
         self.inputs, self.states = _with_states(inputs, n)
         self._left = self.inputs.clone()
         self._opened = inputs.new_empty(steps, devices, 2 * n)
         self._fresh = inputs.new_empty(steps, devices, n)
+        self._compiled = kernels.compiled(inputs.transpose(0, 1))
+        if self._compiled:
+            self._scratch = _scratch(self.inputs, n)
+            results = self.inputs, self._left, self._opened, self._fresh
+            sizes = steps, devices, n, x + 1 + n
+            kernels.call("gru_scan", *sizes, *results, self._gates, self._candidate, self._scratch)
+            return
         reads, drives = gates.T, candidate.T
         for t in range(steps):
-            torch.mm(self.inputs[t], reads, out=self._opened[t])
-            kernels.gru_open(self._opened[t], self.states[t], self._left[t, :, x + 1 :])
-            torch.mm(self._left[t], drives, out=self._fresh[t])
-            kernels.gru_close(self._opened[t], self._fresh[t], self.states[t], self.states[t + 1])
+            keep, kept = torch.mm(self.inputs[t], reads, out=self._opened[t]).sigmoid_().chunk(2, -1)
+            torch.mul(kept, self.states[t], out=self._left[t, :, x + 1 :])
+            fresh = kernels.tanh_(torch.mm(self._left[t], drives, out=self._fresh[t]))
+            torch.lerp(fresh, self.states[t], keep, out=self.states[t + 1])
 
     def backward(self, wanted: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
         """As :meth:`Scan.backward`."""
         x = self._x
-        by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
-        of_input, of_left = self._candidate[:, :x].contiguous(), self._candidate[:, x + 1 :].contiguous()
         gates, candidates = torch.empty_like(self._opened), torch.empty_like(self._fresh)
-        later = wanted[-1].clone()  # what the state after the step is asked for
-        by_left = torch.empty_like(later)
-        for t in range(len(candidates) - 1, -1, -1):
-            opened, state = self._opened[t], self.states[t]
-            kernels.gru_back(later, opened, self._fresh[t], state, gates[t], candidates[t])
-            torch.mm(candidates[t], of_left, out=by_left)
-            kernels.gru_back_left(later, by_left, opened, state, gates[t], wanted[t])
-            later.addmm_(gates[t], by_state)
-        inputs = gates @ by_input + candidates @ of_input
+        steps, devices, n = candidates.shape
+        if self._compiled:
+            inputs = candidates.new_empty(steps, devices, x)
+            forward = self.inputs, self._opened, self._fresh, self._gates, self._candidate
+            results = gates, candidates, inputs, self._scratch
+            kernels.call("gru_scan_back", steps, devices, n, x + 1 + n, *forward, *_strided(wanted), *results)
+        else:
+            by_input, by_state = self._gates[:, :x].contiguous(), self._gates[:, x + 1 :].contiguous()
+            of_input, of_left = self._candidate[:, :x].contiguous(), self._candidate[:, x + 1 :].contiguous()
+            later = wanted[-1].clone()  # what the state after the step is asked for
+            for t in range(steps - 1, -1, -1):
+                state, fresh = self.states[t], self._fresh[t]
+                keep, kept = self._opened[t].chunk(2, -1)
+                torch.sub(state, fresh, out=gates[t, :, :n]).mul_(later).mul_(keep - keep * keep)  # σ' = σ − σ²
+                torch.addcmul(later, later, keep, value=-1, out=candidates[t])
+                candidates[t].addcmul_(candidates[t] * fresh, fresh, value=-1)  # tanh' = 1 − tanh²
+                by_left = candidates[t] @ of_left
+                torch.mul(by_left, state, out=gates[t, :, n:]).mul_(kept - kept * kept)
+                later.mul_(keep).addcmul_(by_left, kept).add_(wanted[t]).addmm_(gates[t], by_state)
+            inputs = gates @ by_input + candidates @ of_input
         return inputs, [("cell.gates", gates, self.inputs), ("cell.candidate", candidates, self._left)]
+
+
+def _scratch(read: Tensor, n: int) -> Tensor:
+    """Room for the weights and a few devices' numbers of the compiled scans, which read rows of (…, x+1+n)."""
+    row = read.shape[-1]
+    return read.new_empty((row + 3 * n + _MARGIN) * (2 * n + row + _MARGIN))
+
+
+_MARGIN = 96  # of the devices that are computed together, and what rows are filled up by
+
+
+def _strided(wanted: Tensor) -> tuple[Tensor, int, int]:
+    """(T+1, B, n), as compiled loops take it: with how far steps and devices are apart."""
+    wanted = wanted if wanted.stride(2) == 1 else wanted.contiguous()
+    return wanted, wanted.stride(0), wanted.stride(1)
 
 
 def _with_states(inputs: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ Job = tuple[np.ndarray, Trajectories, Tensor]
 class Pool(Protocol):
     """Computes blocks somewhere else."""
 
-    def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
+    def compute(self, offer: Offer, jobs: Iterable[Job], fixed: np.ndarray) -> list[Block]:
         """Add all jobs' clipped sums to `fixed`; the blocks in the jobs' order. Raises :class:`AggregationError`."""
 
 
@@ -121,11 +121,11 @@ class BatchedCohort:
         size = block_devices(offer.settings.objective, items_in(offer.parameters))
         order = members[np.argsort(self._population.window_lengths(members), kind="stable")]
         cuts = [order[start : start + size] for start in range(0, len(order), size)]
-        jobs = [
+        jobs = (  # one after the other: the first ones are computed while later ones are read
             (devices, self._population.windows(offer.round, devices), self._population.users[devices])
             for devices in cuts
-        ]
-        if self._pool is not None and len(jobs) > 1:
+        )
+        if self._pool is not None and len(cuts) > 1:
             yield from self._pool.compute(offer, jobs, fixed)
             return
         with one_thread():
@@ -203,17 +203,21 @@ class _Pool:
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
 
-    def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
+    def compute(self, offer: Offer, jobs: Iterable[Job], fixed: np.ndarray) -> list[Block]:
         if self._executor is None:
             self._start(offer)
         self._shared.copy_(flatten(offer.parameters))
         self._sums.zero_()
         # The parameters travel through shared memory, not with every job.
         light = replace(offer, parameters={}, server_noise=None)
+        futures = []
         try:
-            with _signals_held_back():  # the workers that this starts inherit it: Ctrl-C is the main process's
-                futures = [self._executor.submit(_work, light, _packed(job)) for job in jobs]  # type: ignore[union-attr]
-            wait(futures)  # before any error is raised: a straggler must not write into the next round's sums
+            try:
+                with _signals_held_back():  # the workers that this starts inherit it: Ctrl-C is the main process's
+                    for job in jobs:
+                        futures.append(self._executor.submit(_work, light, _packed(job)))  # type: ignore[union-attr]
+            finally:
+                wait(futures)  # before any error is raised: a straggler must not write into the next round's sums
             blocks = [pickle.loads(future.result()) for future in futures]
         except BrokenProcessPool:
             self._executor = None

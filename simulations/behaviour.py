@@ -13,6 +13,7 @@ import numpy as np
 
 from common.catalogue import Catalogue
 from simulations.datasets.interactions import Interactions
+from simulations.datasets.synthetic import labels_of
 from simulations.environment import World, lowest, require
 
 LIKED, NOT_LIKED = 5.0, 0.5
@@ -188,7 +189,7 @@ def log_events(
         ratings=np.where(liked, LIKED, NOT_LIKED).astype(np.float32),
         timestamps=_START + seconds,
         user_ids=np.arange(world.users).astype(np.str_),
-        catalogue=Catalogue(ids=ids, titles=np.array([f"Item {name}" for name in ids.tolist()])),
+        catalogue=Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), labels_of(world.characters)),
     )
     return Log(interactions, propensities)
 

@@ -7,7 +7,7 @@ the main process adds a shard's sum once, when it is there (tests/integration/te
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -49,8 +49,9 @@ class RayShards:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._cores = max(1, int(resources.get("CPU", 1)))
 
-    def compute(self, offer: Offer, jobs: Sequence[Job], fixed: np.ndarray) -> list[Block]:
+    def compute(self, offer: Offer, jobs: Iterable[Job], fixed: np.ndarray) -> list[Block]:
         """Add all jobs' clipped sums to `fixed`; the blocks in the jobs' order. Raises :class:`AggregationError`."""
+        jobs = list(jobs)
         parameters = ray.put({name: value.numpy() for name, value in offer.parameters.items()})
         light = ray.put(replace(offer, parameters={}, server_noise=None))
         count = min(len(jobs), _SHARDS_PER_CORE * self._cores)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import RunError, SettingsError
+from common.features import features_of
 from common.privacy.planning import signal_to_noise
 from common.settings import Settings, load_settings
 from server.durable import make_folder, replacing
@@ -39,6 +40,9 @@ PRESET = [
     "model.input_width=16",
     "model.state_width=16",
     "model.user_width=1",
+    "model.items=features",
+    "model.feature_width=24",
+    "model.rank=4",
     "training.learning_rate=0.06",
     "training.checkpoint_every=10",
     "privacy.mechanism=skellam",
@@ -47,8 +51,9 @@ PRESET = [
 ]
 """Settings of a private run beyond the defaults, tuned on other seeds and much smaller worlds (docs/utility.md).
 
-One head, the reward model's, has a third of the numbers of a policy on a critic, which is worth no more. C is about the
-median norm. The cell has few numbers and needs little of the norm.
+One head, the reward model's, has a third of the numbers of a policy on a critic, which is worth no more. Items are made
+of what the catalogue tells of them, and of four numbers of their own for what it does not. C is about the median norm.
+The cell has few numbers and needs little of the norm.
 """
 
 OPPONENT = ["privacy.mechanism=none", "privacy.clip_norm=inf"]
@@ -226,7 +231,8 @@ def train_in(
         raise RunError(f"Expected {folder.path} to have been begun with the settings of this study.")
     population = Population(settings, histories)
     with folder.open(settings, resume) as store, BatchedCohort(population, workers) as cohort:
-        training = open_training(settings, folder, store, cohort, len(histories.catalogue))
+        features = features_of(settings.model, histories.catalogue)
+        training = open_training(settings, folder, store, cohort, len(histories.catalogue), features=features)
         if resume:
             training.resume()
         with watch.patient() as should_stop:

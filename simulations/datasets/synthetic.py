@@ -116,13 +116,13 @@ def synthetic(
         ratings=np.concatenate([block.flat(block.ratings) for block in blocks]),
         timestamps=np.concatenate([block.flat(block.timestamps) for block in blocks]),
         user_ids=np.arange(users).astype(np.str_),
-        catalogue=Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), _labels(characters)),
+        catalogue=Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), labels_of(characters)),
     )
     return interactions, Preferences(np.concatenate([block.tastes for block in blocks]), characters, appeal)
 
 
-def _labels(characters: np.ndarray) -> np.ndarray:
-    """(A,) what is public about the items: their two most pronounced traits, and which way each of these goes."""
+def labels_of(characters: np.ndarray) -> np.ndarray:
+    """(A,) what is public about items of (A, f) characters: their two most pronounced traits, and which way each goes."""
     strongest = np.argsort(-np.abs(characters), axis=1, kind="stable")[:, :2]
     upwards = np.take_along_axis(characters, strongest, 1) > 0
     names = np.char.add(np.where(upwards, "more of ", "less of "), strongest.astype(str))

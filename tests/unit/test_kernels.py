@@ -1,6 +1,7 @@
 """The compiled inner loops against PyTorch's operations in float64, which are the same functions' other half."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common import kernels
+from common.scan import CfnScan, GruScan
 
 compiled = pytest.mark.skipif(not kernels.available, reason="no C compiler was there when fedtopk was installed")
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -40,33 +42,42 @@ def flat(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
-def states(generator: torch.Generator, devices: int, n: int, row: int) -> Tensor:
-    """(B, n) at the end of rows that are longer."""
-    return torch.randn(devices, row, generator=generator)[:, row - n :]
+@compiled
+@quick
+@given(st.integers(2, 50), st.integers(0, 5), st.tuples(small, small), st.booleans(), st.integers(0, 2**30))
+def test_the_scans(devices: int, steps: int, widths: tuple[int, int], plain: bool, seed: int) -> None:
+    x, n = widths
+
+    def scanned(kind: Any, wanted: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        scan = kind(*weights)
+        by_input, uses = scan.backward(wanted)
+        return scan.states, by_input, *(tensor for _, *use in uses for tensor in use)
+
+    def make(candidate: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = (steps, devices, x), (2 * n, x + 1 + n), (n, candidate)
+        drawn = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+        wanted = torch.randn((devices, steps + 1, n), generator=generator).transpose(0, 1)
+        return wanted.contiguous() if plain else wanted, *drawn
+
+    agree(partial(scanned, CfnScan), lambda: make(x), 2e-5)
+    agree(partial(scanned, GruScan), lambda: make(x + 1 + n), 2e-5)
 
 
 @compiled
-@quick
-@given(st.integers(2, 9), small, st.integers(0, 9), st.sampled_from([0.1, 3.0, 60.0]), st.integers(0, 2**30))
-def test_the_steps_of_the_cells(devices: int, n: int, more: int, size: float, seed: int) -> None:
-    def made(*widths: int) -> Callable[[], tuple[Tensor, ...]]:
-        def make() -> tuple[Tensor, ...]:
-            generator = torch.Generator().manual_seed(seed)
-            return tuple(
-                size * torch.randn(devices, width, generator=generator)
-                if width
-                else states(generator, devices, n, n + more)
-                for width in widths
-            )
-
-        return make
-
-    agree(kernels.gru_open, made(2 * n, 0, 0))
-    agree(kernels.gru_close, made(2 * n, n, 0, 0), 1e-5 * max(size, 1))
-    agree(kernels.gru_back, made(n, 2 * n, n, 0, 2 * n, n), 1e-5)
-    agree(kernels.gru_back_left, made(n, n, 2 * n, 0, 2 * n, 0), 1e-5)
-    agree(kernels.cfn_step, made(2 * n, n, n, 0, 0))
-    agree(kernels.cfn_back, made(n, 2 * n, n, n, 2 * n, n, 0), 1e-5)
+@pytest.mark.parametrize("kind", [CfnScan, GruScan])
+def test_a_device_is_computed_alike_wherever_it_stands(kind: Any) -> None:
+    """To the bit: a cohort's integers do not depend on who is in a block with whom."""
+    steps, devices, x, n = 7, 60, 5, 6
+    candidate = x if kind is CfnScan else x + 1 + n
+    inputs, wanted = torch.randn(steps, devices, x), torch.randn(steps + 1, devices, n)
+    gates, drive = torch.randn(2 * n, x + 1 + n), torch.randn(n, candidate)
+    whole = kind(inputs, gates, drive)
+    by_input, _ = whole.backward(wanted)
+    order = torch.randperm(devices)[:41]
+    some = kind(inputs[:, order], gates, drive)
+    assert torch.equal(some.states, whole.states[:, order])
+    assert torch.equal(some.backward(wanted[:, order])[0], by_input[:, order])
 
 
 @compiled
@@ -142,9 +153,11 @@ def test_what_is_not_finite_stays_so(devices: int, bad: float) -> None:
     assert not kernels.sampled_rows(logits.clone(), torch.zeros(11), items - 1, torch.zeros(devices, 1))[0][
         0
     ].isfinite()
-    gates, state = torch.full((devices, 6), torch.nan), torch.zeros(devices, 3)
-    kernels.gru_open(gates, state, left := torch.zeros(devices, 3))
-    assert gates.isnan().all() and left.isnan().all()
+    inputs = torch.zeros(4, devices, 2)
+    inputs[1, 0] = torch.nan
+    for kind, candidate in ((CfnScan, 2), (GruScan, 6)):
+        states = kind(inputs, torch.ones(6, 6), torch.ones(3, candidate)).states
+        assert states[:2].isfinite().all() and states[2:, 0].isnan().all() and states[:, 1:].isfinite().all()
 
 
 def test_a_device_by_itself_does_not_depend_on_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
