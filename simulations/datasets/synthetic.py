@@ -122,7 +122,7 @@ def synthetic(
 
 
 def labels_of(characters: np.ndarray) -> np.ndarray:
-    """(A,) what is public about items of (A, f) characters: their two most pronounced traits, and which way each goes."""
+    """(A,) what is public of items with (A, f) characters: their two strongest traits, and which way each goes."""
     strongest = np.argsort(-np.abs(characters), axis=1, kind="stable")[:, :2]
     upwards = np.take_along_axis(characters, strongest, 1) > 0
     names = np.char.add(np.where(upwards, "more of ", "less of "), strongest.astype(str))
