@@ -53,9 +53,9 @@ def preview(run: Path, user: str) -> dict[str, Any]:
     if not len(found):
         raise RunError(f"Expected user={user} to be one of the {train.users:,} in the data of {run}.")
     place = int(found[0])
-    own = slice(int(train.offsets[place]), int(train.offsets[place + 1]))
+    own = train.places(np.array([place]))
     newest = zip(train.items[own][-_HISTORY:][::-1], train.ratings[own][-_HISTORY:][::-1], strict=True)
-    heading = f"History, newest of {own.stop - own.start}"
+    heading = f"History, newest of {len(own)}"
     lists = {heading: [_row(data, item, f"rated {rating:g}") for item, rating in newest]}
     for head, name in _NAMES.items():
         if head in data.settings.heads:
@@ -77,7 +77,7 @@ def _logits(data: _Data, parameters: Parameters, users: Tensor, user: int, head:
 
 def _best(data: _Data, user: int, logits: Tensor) -> list[dict[str, str]]:
     train = data.split.train
-    seen = torch.from_numpy(train.items[train.offsets[user] : train.offsets[user + 1]].astype(np.int64))
+    seen = torch.from_numpy(train.items[train.places(np.array([user]))].astype(np.int64))
     finite = logits.clamp(min=torch.finfo(logits.dtype).min)
     found = top_items(finite, torch.stack([torch.zeros_like(seen), seen]), _SHOWN, torch.Generator().manual_seed(0))[0]
     probabilities = logits.double().softmax(-1)[0]
