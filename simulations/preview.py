@@ -16,6 +16,7 @@ from common.settings import Head, Settings
 from server.checkpoint import load_latest
 from server.run_folder import RunFolder
 from simulations.baselines import Popularity
+from simulations.private_states import PrivateStates
 from simulations.recommender import PolicyScorer
 from simulations.simulate import load_split
 from simulations.splits import Split
@@ -49,6 +50,8 @@ def preview(run: Path, user: str) -> dict[str, Any]:
     if checkpoint is None or "users" not in checkpoint.extra:
         raise RunError(f"Expected a checkpoint of a simulation in {run}: there is none yet, or its devices are real.")
     train = data.split.train
+    states = PrivateStates(train.users, data.settings.model.user_width, RunFolder(run).user_embeddings)
+    states.restore(checkpoint.extra)
     found = np.flatnonzero(train.user_ids == user) if user else np.zeros(1, int)
     if not len(found):
         raise RunError(f"Expected user={user} to be one of the {train.users:,} in the data of {run}.")
@@ -59,7 +62,7 @@ def preview(run: Path, user: str) -> dict[str, Any]:
     lists = {heading: [_row(data, item, f"rated {rating:g}") for item, rating in newest]}
     for head, name in _NAMES.items():
         if head in data.settings.heads:
-            lists[name] = _best(data, place, _logits(data, checkpoint.model, checkpoint.extra["users"], place, head))
+            lists[name] = _best(data, place, _logits(data, checkpoint.model, states.rows, place, head))
     lists["popularity"] = _best(data, place, Popularity(train).scores(train, np.array([place])).log())
     names = {"user": str(train.user_ids[place]), "next": str(train.user_ids[(place + 1) % train.users])}
     return names | {"users": train.users, "round": checkpoint.round, "lists": lists}
