@@ -75,7 +75,8 @@ class PrivateStates:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what a checkpoint holds. Raises :class:`RunError` if it does not belong to these rows."""
         if _DEVICES not in state or _ROWS not in state:
-            raise RunError(f"Expected the checkpoint to hold user embeddings: it has {', '.join(state) or 'none'}.")
+            found = ", ".join(state) or "none"
+            raise RunError(f"Expected the checkpoint to hold the user embeddings that changed lately: it has {found}.")
         devices, rows = state[_DEVICES].numpy(), state[_ROWS]
         if rows.shape[1:] != self.rows.shape[1:] or devices.max(initial=-1) >= len(self.rows):
             raise RunError(

@@ -95,12 +95,12 @@ def synthetic(
         generator, own_tastes, own_lengths = _begin(seed, number, items)
         scores = Preferences(own_tastes, characters, appeal).scores(slice(None))
         columns = _histories(generator, scores, popularity, lowest, highest)
-        own = slice(number * _BLOCK, min((number + 1) * _BLOCK, users))
-        tastes[own] = own_tastes[: own.stop - own.start]
-        user_ids[own] = np.arange(own.start, own.stop).astype(np.str_)
-        counts = np.arange(columns[0].shape[1]) < own_lengths[: own.stop - own.start, None]
+        first, last = number * _BLOCK, min((number + 1) * _BLOCK, users)
+        tastes[first:last] = own_tastes[: last - first]
+        user_ids[first:last] = np.arange(first, last).astype(np.str_)
+        counts = np.arange(columns[0].shape[1]) < own_lengths[: last - first, None]
         for whole, column in zip(flat, columns, strict=True):
-            whole[offsets[own.start] : offsets[own.stop]] = column[: own.stop - own.start][counts]
+            whole[offsets[first] : offsets[last]] = column[: last - first][counts]
 
     # numpy gives its lock back while it computes, and a block depends on nothing but its number.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -109,8 +109,10 @@ def synthetic(
 
     ids = np.arange(items).astype(np.str_)
     catalogue = Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), _labels(characters))
-    made = Interactions(offsets, flat[0], flat[1], flat[2], user_ids, catalogue)
-    return made, Preferences(tastes, characters, appeal)
+    interactions = Interactions(
+        offsets=offsets, items=flat[0], ratings=flat[1], timestamps=flat[2], user_ids=user_ids, catalogue=catalogue
+    )
+    return interactions, Preferences(tastes, characters, appeal)
 
 
 def _begin(seed: int, number: int, items: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
