@@ -68,7 +68,7 @@ def test_what_is_counted_in_blocks_does_not_depend_on_them(block: int, monkeypat
     again = split(data, "time-split")
     np.testing.assert_array_equal(again.train.lengths(), cut.train.lengths())
     np.testing.assert_array_equal(again.tested_after, cut.tested_after)
-    assert again.train.counts().tolist() == np.bincount(np.concatenate(whole), minlength=20).tolist()
+    assert again.train.counts().tolist() == np.bincount(np.concatenate(whole).astype(int), minlength=20).tolist()
     pairs = np.zeros((21, 20), int)
     for own in whole:
         np.add.at(pairs, (own[:-1], own[1:]), 1)
