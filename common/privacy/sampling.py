@@ -1,11 +1,12 @@
 """Poisson sampling: independent coins of one rate for all devices, drawn in time and memory of those that come up.
 
-Devices are taken in blocks of L, the largest power of two for which a block has an eighth of a head on average (1 where
-the rate is above 1/16). How many heads a block has is Binomial(L, q), by inverse transform: X is the number of j ≥ 1
-with U < P(X ≥ j), for U a uniform number of 256 bits, of which the first 64 decide but for one block in 2^58 or fewer.
-Which devices they are is a uniform subset of the block: places of log₂ L random bits each, and those that coincide are
-drawn again, which treats all places alike. So many of L places, chosen uniformly, are L independent coins. The last
-block is drawn whole, and what lies beyond the last device is dropped.
+Up to 2^18 devices flip one coin after the other. More are taken in blocks of L, a power of two: the smallest for which
+there are at most 2^18 blocks or, if less, the largest for which a block has an eighth of a head on average. How
+many heads a block has is Binomial(L, q), by inverse transform: X is the number of j ≥ 1 with U < P(X ≥ j), for U a
+uniform number of 256 bits, of which the first 64 decide but for one block in 2^58 or fewer. Which devices they are is a
+uniform subset of the block: places of log₂ L random bits, and those that coincide are drawn again, which treats all
+places alike. So many of L places, chosen uniformly, are L independent coins. The last block is drawn whole, and what
+lies beyond the last device is dropped.
 
 Guarantee: the coins of up to 2^33 blocks are within :data:`TOTAL_VARIATION` = 2^-216 of exactly independent ones of
 exactly the rate (a float64 is a rational number), given uniform words. A block has fewer than 64 probabilities that are
@@ -26,6 +27,7 @@ from common.privacy.randomness import Stream
 TOTAL_VARIATION = 2.0**-216
 """Distance between the law of a round's coins and that of exactly independent ones."""
 
+_BLOCKS = 1 << 18  # milliseconds
 _HEADS = 1 / 8  # of a block on average, at most: two in a block, which may coincide, are rare
 _BITS, _WORD = 256, 64
 _DIGITS = 150
@@ -34,7 +36,7 @@ _DIGITS = 150
 def poisson_sample(rate: float, n: int, stream: Stream) -> NDArray[np.int64]:
     """The devices of 0 … `n`−1 whose coin of probability `rate` in [0, 1] came up, ascending.
 
-    Reads one word of the stream for each block, at most 16 for an expected head, and then one for each head.
+    Reads one word of the stream for each block, at most 2^18 or 16 for an expected head, and then one for each head.
     """
     size = _block(rate, n)
     thresholds = _thresholds(rate, size)
@@ -58,9 +60,9 @@ def poisson_sample(rate: float, n: int, stream: Stream) -> NDArray[np.int64]:
 
 
 def _block(rate: float, n: int) -> int:
-    """L, a power of two; no larger than it takes to hold all `n`."""
+    """L, a power of two."""
     size = 1
-    while size < n and 2 * size * rate <= _HEADS:
+    while n > size * _BLOCKS and 2 * size * rate <= _HEADS:
         size *= 2
     return size
 
