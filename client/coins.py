@@ -10,10 +10,10 @@ from collections.abc import MutableMapping
 from flwr.app import ConfigRecord
 
 from common.privacy.randomness import seeded_stream, system_stream
+from common.privacy.sampling import poisson_sample
 from common.settings import Settings
 
 _COIN = "coin"
-_WORD = 2.0**64
 
 
 class Coins:
@@ -38,7 +38,7 @@ class Coins:
             return False
         seed = settings.training.seed
         stream = seeded_stream(seed, "coin", round_, device) if settings.reproducible else system_stream()
-        heads = bool(int(stream.words(1)[0]) / _WORD < settings.training.cohort_rate)
+        heads = bool(len(poisson_sample(settings.training.cohort_rate, 1, stream)))
         self._records[_COIN] = ConfigRecord({"run": self._run, "round": round_, "heads": heads})
         return heads
 

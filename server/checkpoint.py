@@ -21,6 +21,8 @@ from server.tensor_tree import flatten, unflatten
 
 FORMAT = "fedtopk-checkpoint"
 VERSION = "1"
+KEPT = 2
+"""Checkpoints in the folder of a run, the newest ones."""
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 _UNSEALED = "0" * 64
 
@@ -44,7 +46,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, keep: int = KEPT) -> Path:
     """Write ``checkpoint`` into ``folder`` (``RUN/checkpoints``), keep the newest ``keep`` ≥ 1, return its path.
 
     Guarantees:

@@ -47,7 +47,8 @@ class Cohort(Protocol):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What simulated devices keep between rounds, for the checkpoint; empty where devices keep it themselves."""
+        """What the next checkpoint is to hold of what simulated devices keep between rounds, as of now; empty where
+        devices keep it themselves."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's state."""

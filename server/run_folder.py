@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "noise.key"
 
     @property
+    def user_embeddings(self) -> Path:
+        """Of all simulated devices; the checkpoints hold what changed lately (:mod:`simulations.private_states`)."""
+        return self.path / "users.npy"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -20,7 +20,7 @@ class Popularity:
 
     def __init__(self, train: Interactions) -> None:
         """Count the items of the training histories, which must not all be empty."""
-        counts = np.bincount(train.items, minlength=len(train.catalogue))
+        counts = train.counts()
         self.share = counts / counts.sum()
         """(A,) float64 share of each item in all training interactions."""
 
@@ -40,18 +40,21 @@ class Markov:
     def __init__(self, train: Interactions) -> None:
         """Count the pairs of the training histories, which must not all be empty."""
         items = len(train.catalogue)
-        owner = np.repeat(np.arange(train.users), train.lengths())
-        same = owner[1:] == owner[:-1]
-        before, after = train.items[:-1][same], train.items[1:][same]
         # Row A has no successors: it stands for "no last item".
-        pairs = (np.ones(len(before)), (before, after))
-        self.transitions = sparse.csr_array(pairs, shape=(items + 1, items))
+        self.transitions = sparse.csr_array((items + 1, items), dtype=np.int32)
+        for users in train.blocks():
+            places, lengths = train.places(users), train.lengths()[users]
+            followed = np.ones(len(places), bool)
+            followed[np.cumsum(lengths)[lengths > 0] - 1] = False
+            before = places[followed]
+            pairs = np.ones(len(before), np.int32), (train.items[before], train.items[before + 1])
+            self.transitions = self.transitions + sparse.csr_array(pairs, shape=(items + 1, items))
         self.share = Popularity(train).share
 
     def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
         """(B, A) float64 probabilities of each (B,) user's next item."""
-        start, stop = histories.offsets[users], histories.offsets[users + 1]
-        last = np.where(stop > start, histories.items[stop - 1], len(self.share))
+        start, lengths = histories.offsets[users], histories.lengths()[users]
+        last = np.where(lengths > 0, histories.items[start + lengths - 1], len(self.share))
         counts = self.transitions[last].toarray()
         total = counts.sum(axis=1, keepdims=True)
         return torch.from_numpy((counts + BACK_OFF * self.share) / (total + BACK_OFF))

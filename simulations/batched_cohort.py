@@ -96,10 +96,10 @@ class BatchedCohort:
         return len(self._population)
 
     def state(self) -> dict[str, Tensor]:
-        return {"users": self._population.users}
+        return self._population.states.checkpoint()
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._population.restore(state)
+        self._population.states.restore(state)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         fixed, metrics = self.clipped_sum(offer, members)
@@ -113,7 +113,7 @@ class BatchedCohort:
         fixed = np.zeros(offer.encoding.dimension, np.int64)
         blocks = list(self._compute(offer, members, fixed))
         for block in blocks:
-            self._population.users[torch.from_numpy(block.devices)] = block.local_users
+            self._population.states.keep(block.devices, block.local_users)
         return fixed, _means(blocks)
 
     def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[Block]:

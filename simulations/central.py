@@ -58,7 +58,7 @@ def train_centrally(
         optimizer.zero_grad()
         losses.mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        population.users[devices] = users
+        population.states.keep(devices, users)
     last = {name: value.detach() for name, value in model.items()}
     check_parameters(last, shapes(settings, items))
     return Trained(settings, last, population)

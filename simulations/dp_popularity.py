@@ -45,9 +45,11 @@ def release_popularity(settings: Settings, histories: Interactions) -> Release:
 
 def bounded_counts(histories: Interactions) -> np.ndarray:
     """(A,) float64 sum over users of their (A,) counts, each scaled down to an L2 norm of at most 1."""
-    shape = (histories.users, len(histories.catalogue))
-    ones = np.ones(len(histories.items))
-    counts = sparse.csr_matrix((ones, histories.items, histories.offsets), shape, copy=True)
-    counts.sum_duplicates()  # in place: of a matrix that shared the histories' own arrays it would sort those
-    norms = np.sqrt(counts.multiply(counts).sum(axis=1)).A1
-    return np.asarray(clip_factor(norms, 1.0) @ counts)
+    total = np.zeros(len(histories.catalogue))
+    for users in histories.blocks():
+        items, lengths = histories.items[histories.places(users)], histories.lengths()[users]
+        begins = np.concatenate([[0], np.cumsum(lengths)])
+        counts = sparse.csr_array((np.ones(len(items)), items, begins), (len(users), len(total)))
+        counts.sum_duplicates()
+        total += clip_factor(np.sqrt(counts.multiply(counts).sum(axis=1)), 1.0) @ counts
+    return total

@@ -21,7 +21,7 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     checkpoint = load_latest(folder.checkpoints)
     if checkpoint is None:
         raise RunError(f"Expected a checkpoint in {folder.checkpoints}: it holds the simulated users' embeddings.")
-    population = Population(settings, data.train)
+    population = Population(settings, data.train, folder.user_embeddings)
     if "users" in checkpoint.extra:  # real devices, and Flower's simulated ones, keep theirs
-        population.restore(checkpoint.extra)
+        population.states.restore(checkpoint.extra)
     return evaluate_model(settings, parameters, population, data)

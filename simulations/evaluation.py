@@ -76,7 +76,7 @@ def compare(scorer: Scorer, split: Split, kind: Kind, *, seed: int) -> dict[str,
 
 def _deciles(shown: Tensor, train: Interactions) -> list[float]:
     """Ten shares of the (U, k) shown items (-1: none), by the tenth of the log that each item's interactions are in."""
-    counts = np.bincount(train.items, minlength=len(train.catalogue))
+    counts = train.counts()
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     tenth = np.empty(len(counts), np.int64)
@@ -88,9 +88,5 @@ def _deciles(shown: Tensor, train: Interactions) -> list[float]:
 
 def _seen(histories: Interactions, users: np.ndarray) -> Tensor:
     """(2, S) int64 pairs of position in `users` and item, for everything in these users' histories."""
-    starts = histories.offsets[users]
-    lengths = histories.offsets[users + 1] - starts
-    rows = np.repeat(np.arange(len(users)), lengths)
-    # Counts on within a user and jumps to the start of the next one.
-    at = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-    return torch.from_numpy(np.stack([rows, histories.items[at]]))
+    rows = np.repeat(np.arange(len(users)), histories.lengths()[users])
+    return torch.from_numpy(np.stack([rows, histories.items[histories.places(users)]]))

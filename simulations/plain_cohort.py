@@ -25,21 +25,20 @@ class PlainCohort:
         return len(self._population)
 
     def state(self) -> dict[str, Tensor]:
-        return {"users": self._population.users}
+        return self._population.states.checkpoint()
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._population.restore(state)
+        self._population.states.restore(state)
 
     def sum_updates(self, offer: Offer, members: np.ndarray) -> CohortSum:
         users = self._population.users
         residues = np.zeros(offer.encoding.padded, np.uint32)
-        committed = {}
-        for device in members.tolist():
+        committed = torch.zeros(len(members), users.shape[1])
+        for row, device in enumerate(members.tolist()):
             window = self._population.windows(offer.round, np.array([device]))
             part = participate(offer, len(members), device, window, users[device])
             add_residues(residues, part.residues, offer.encoding.bits)
-            committed[device] = part.local_user
-        for device, user in committed.items():
-            users[torch.tensor(device)] = user
+            committed[row] = part.local_user
+        self._population.states.keep(members, committed)
         roster = len(members)
         return CohortSum(release(residues, roster, roster, offer), roster, roster)

@@ -1,45 +1,42 @@
-"""A simulated population: the histories and private states of all devices, in flat arrays.
+"""A simulated population: the histories and private states of all devices.
 
-Nothing is done for all devices in a round: a window's rewards and returns are computed when it is read, so that the
-arrays of the histories may as well be memory-mapped.
+Nothing is done for all devices in a round: a window's rewards and returns are computed when it is read, and histories
+and states may be memory-mapped.
 """
 
+from pathlib import Path
+
 import numpy as np
-import torch
 from torch import Tensor
 
-from common.errors import RunError
 from common.objective import returns_of
 from common.settings import Settings
 from common.trajectory import Trajectories, pad, rewards_of, window_starts
 from simulations.datasets.interactions import Interactions
+from simulations.private_states import PrivateStates
 
 
 class Population:
     """What N devices hold. One object plays them all; a device's row is read and written only for that device.
 
-    Attributes:
-        users: (N, w) float32 user embeddings.
+    Args:
+        file: where the user embeddings are kept between rounds (:class:`simulations.private_states.PrivateStates`);
+            None: in memory, and the run cannot be resumed.
     """
 
-    def __init__(self, settings: Settings, histories: Interactions) -> None:
+    def __init__(self, settings: Settings, histories: Interactions, file: Path | None = None) -> None:
         self._settings = settings
         self._lengths = histories.lengths()
         self._histories = histories
-        self.users = torch.zeros(histories.users, settings.model.user_width)
+        self.states = PrivateStates(histories.users, settings.model.user_width, file)
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take the embeddings from a checkpoint. Raises :class:`RunError` if they are not this population's."""
-        users = state.get("users")
-        if users is None or users.shape != self.users.shape:
-            found = "none" if users is None else f"shape {tuple(users.shape)}"
-            raise RunError(
-                f"Expected the checkpoint's user embeddings of shape {tuple(self.users.shape)}, found {found}."
-            )
-        self.users.copy_(users)
+    @property
+    def users(self) -> Tensor:
+        """(N, w) float32 user embeddings, as they are now."""
+        return self.states.rows
 
     def window_lengths(self, devices: np.ndarray) -> np.ndarray:
         """(B,) steps that each device trains on in one round."""

@@ -16,6 +16,7 @@ from common.settings import Head, Settings
 from server.checkpoint import load_latest
 from server.run_folder import RunFolder
 from simulations.baselines import Popularity
+from simulations.private_states import PrivateStates
 from simulations.recommender import PolicyScorer
 from simulations.simulate import load_split
 from simulations.splits import Split
@@ -49,17 +50,19 @@ def preview(run: Path, user: str) -> dict[str, Any]:
     if checkpoint is None or "users" not in checkpoint.extra:
         raise RunError(f"Expected a checkpoint of a simulation in {run}: there is none yet, or its devices are real.")
     train = data.split.train
+    states = PrivateStates(train.users, data.settings.model.user_width, RunFolder(run).user_embeddings)
+    states.restore(checkpoint.extra)
     found = np.flatnonzero(train.user_ids == user) if user else np.zeros(1, int)
     if not len(found):
         raise RunError(f"Expected user={user} to be one of the {train.users:,} in the data of {run}.")
     place = int(found[0])
-    own = slice(int(train.offsets[place]), int(train.offsets[place + 1]))
+    own = train.places(np.array([place]))
     newest = zip(train.items[own][-_HISTORY:][::-1], train.ratings[own][-_HISTORY:][::-1], strict=True)
-    heading = f"History, newest of {own.stop - own.start}"
+    heading = f"History, newest of {len(own)}"
     lists = {heading: [_row(data, item, f"rated {rating:g}") for item, rating in newest]}
     for head, name in _NAMES.items():
         if head in data.settings.heads:
-            lists[name] = _best(data, place, _logits(data, checkpoint.model, checkpoint.extra["users"], place, head))
+            lists[name] = _best(data, place, _logits(data, checkpoint.model, states.rows, place, head))
     lists["popularity"] = _best(data, place, Popularity(train).scores(train, np.array([place])).log())
     names = {"user": str(train.user_ids[place]), "next": str(train.user_ids[(place + 1) % train.users])}
     return names | {"users": train.users, "round": checkpoint.round, "lists": lists}
@@ -77,7 +80,7 @@ def _logits(data: _Data, parameters: Parameters, users: Tensor, user: int, head:
 
 def _best(data: _Data, user: int, logits: Tensor) -> list[dict[str, str]]:
     train = data.split.train
-    seen = torch.from_numpy(train.items[train.offsets[user] : train.offsets[user + 1]].astype(np.int64))
+    seen = torch.from_numpy(train.items[train.places(np.array([user]))].astype(np.int64))
     finite = logits.clamp(min=torch.finfo(logits.dtype).min)
     found = top_items(finite, torch.stack([torch.zeros_like(seen), seen]), _SHOWN, torch.Generator().manual_seed(0))[0]
     probabilities = logits.double().softmax(-1)[0]

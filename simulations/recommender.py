@@ -33,7 +33,7 @@ class PolicyScorer:
 
     def scores(self, histories: Interactions, users: np.ndarray) -> Tensor:
         """(B, A) logits of the head after the last interaction of each user's history."""
-        lengths = histories.offsets[users + 1] - histories.offsets[users]
+        lengths = histories.lengths()[users]
         result = torch.empty(len(users), len(histories.catalogue))
         by_length = np.argsort(lengths, kind="stable")
         logits = self._settings.training.window * len(self._weight)  # of one user
@@ -44,10 +44,9 @@ class PolicyScorer:
         return result
 
     def _block(self, histories: Interactions, users: np.ndarray) -> Tensor:
-        own = [slice(histories.offsets[user], histories.offsets[user + 1]) for user in users]
-        items = np.concatenate([histories.items[at] for at in own])
-        rewards = rewards_of(np.concatenate([histories.ratings[at] for at in own]), self._settings.data.rating_range)
-        lengths = histories.offsets[users + 1] - histories.offsets[users]
+        places, lengths = histories.places(users), histories.lengths()[users]
+        items = histories.items[places]
+        rewards = rewards_of(histories.ratings[places], self._settings.data.rating_range)
         starts = np.cumsum(lengths) - lengths
         everything = pad(items, rewards, rewards, starts, lengths, support_fraction=0)
         recurrence = Recurrence(self._settings.model)

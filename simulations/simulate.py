@@ -74,7 +74,7 @@ def simulate(
     data = load_split(settings)
     for sentence in (*data.notes, *_cautions(settings, data.train.users)):
         watch.note(sentence)
-    population, catalogue = Population(settings, data.train), data.train.catalogue
+    population, catalogue = Population(settings, data.train, folder.user_embeddings), data.train.catalogue
     with folder.open(settings, resume) as store, _cohort(settings, population, workers, cluster) as cohort:
         features = features_of(settings.model, catalogue)
         training = open_training(settings, folder, store, cohort, len(catalogue), population_ledger, features)

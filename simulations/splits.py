@@ -78,7 +78,7 @@ class Split:
 
     def history(self, kind: Kind) -> Interactions:
         """All users' interactions before the targets of that kind; for the test, training and validation."""
-        return self.train if kind == "validation" else first(self.interactions, self.tested_after)
+        return self.train if kind == "validation" else self.interactions.first(self.tested_after)
 
 
 def split(interactions: Interactions, protocol: Protocol) -> Split:
@@ -107,7 +107,7 @@ def split(interactions: Interactions, protocol: Protocol) -> Split:
     return Split(
         protocol=protocol,
         interactions=interactions,
-        train=first(interactions, trained),
+        train=interactions.first(trained),
         validation=_targets(interactions, validated, trained),
         test=_targets(interactions, tested, tested_after),
         tested_after=tested_after,
@@ -121,13 +121,17 @@ def _before_quantiles(interactions: Interactions) -> tuple[np.ndarray, np.ndarra
     times = interactions.timestamps
     # "higher" picks moments that occur, so that interactions at one moment are always on the same side.
     first, second = np.quantile(times, [0.8, 0.9], method="higher") if len(times) else (0, 0)
-    return _count(interactions, times < first), _count(interactions, times < second)
+    return _count_before(interactions, first), _count_before(interactions, second)
 
 
-def _count(interactions: Interactions, chosen: np.ndarray) -> np.ndarray:
-    """(N,) int64 number of chosen interactions of each user, from an (E,) mask."""
-    running = np.concatenate([[0], np.cumsum(chosen, dtype=np.int64)])
-    return np.diff(running[interactions.offsets])
+def _count_before(interactions: Interactions, moment: int) -> np.ndarray:
+    """(N,) int64 number of interactions of each user before a moment."""
+    counts = np.zeros(interactions.users, np.int64)
+    for users in interactions.blocks():
+        owners = np.repeat(np.arange(len(users)), interactions.lengths()[users])
+        before = interactions.timestamps[interactions.places(users)] < moment
+        counts[users] = np.bincount(owners[before], minlength=len(users))
+    return counts
 
 
 def _targets(interactions: Interactions, evaluated: np.ndarray, history: np.ndarray) -> Targets:
@@ -141,17 +145,3 @@ def _drawn(targets: Targets, most: int, seed: int) -> Targets:
         return targets
     chosen = np.sort(np.random.default_rng([_DRAWN, seed]).choice(len(targets.users), most, replace=False))
     return Targets(targets.users[chosen], targets.items[chosen])
-
-
-def first(interactions: Interactions, lengths: np.ndarray) -> Interactions:
-    """Each user's first interactions, as many as (N,) lengths say, or all."""
-    position = np.arange(len(interactions.items)) - np.repeat(interactions.offsets[:-1], interactions.lengths())
-    kept = position < np.repeat(lengths, interactions.lengths())
-    return Interactions(
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        items=interactions.items[kept],
-        ratings=interactions.ratings[kept],
-        timestamps=interactions.timestamps[kept],
-        user_ids=interactions.user_ids,
-        catalogue=interactions.catalogue,
-    )

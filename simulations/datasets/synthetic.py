@@ -14,13 +14,13 @@ by their count in one population.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from common.catalogue import Catalogue
 from common.errors import DataError
 from simulations.datasets.interactions import Interactions
+from simulations.datasets.storage import zeros
 
 WIDTH = 8
 """Numbers in a taste and in a character."""
@@ -58,21 +58,6 @@ class Preferences:
         return scores
 
 
-class _Block(NamedTuple):
-    """Consecutive users, one per row; of a history's LONGEST places (or A, if fewer) only the first `lengths` count."""
-
-    tastes: np.ndarray
-    lengths: np.ndarray
-    items: np.ndarray
-    ratings: np.ndarray
-    timestamps: np.ndarray
-
-    def flat(self, values: np.ndarray) -> np.ndarray:
-        """The places that count, user after user."""
-        flat: np.ndarray = values[np.arange(values.shape[1]) < self.lengths[:, None]]
-        return flat
-
-
 def synthetic(
     users: int, items: int, *, seed: int, rating_range: tuple[float, float] = (0.5, 5.0)
 ) -> tuple[Interactions, Preferences]:
@@ -82,8 +67,10 @@ def synthetic(
     `rating_range`, about equally frequent over all pairs, and rise with the true preference up to noise. Public of an
     item is which two traits are its most pronounced, and whether it has more or less of them than others.
 
+    Users are made block by block, straight into arrays that are memory-mapped where they are large.
+
     Raises:
-        DataError: `rating_range` holds no half-star.
+        DataError: `rating_range` holds no half-star, or the cache folder has no room for the arrays.
     """
     lowest, highest = int(np.ceil(2 * rating_range[0])), int(np.floor(2 * rating_range[1]))
     if lowest > highest:
@@ -97,28 +84,43 @@ def synthetic(
     order = np.argsort(-(popularity + _PREFERENCE_IN_LOG * appeal), kind="stable")
     popularity, appeal, characters = popularity[order], appeal[order], characters[order]
 
-    def made(number: int) -> _Block:
-        generator = np.random.default_rng([seed, _USERS, number])
-        tastes = generator.standard_normal((_BLOCK, WIDTH), np.float32)
-        scores = Preferences(tastes, characters, appeal).scores(slice(None))
-        block = _histories(generator, tastes, scores, popularity, lowest, highest)
-        return _Block(*(column[: users - number * _BLOCK] for column in block))
+    blocks = range(-(-users // _BLOCK))
+    lengths = np.concatenate([_begin(seed, number, items)[2] for number in blocks])[:users]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    tastes = zeros((users, WIDTH), np.float32)
+    user_ids = zeros((users,), f"U{len(str(users - 1))}")
+    flat = [zeros((int(offsets[-1]),), kind) for kind in (np.int32, np.float32, np.int64)]
+
+    def make(number: int) -> None:
+        generator, own_tastes, own_lengths = _begin(seed, number, items)
+        scores = Preferences(own_tastes, characters, appeal).scores(slice(None))
+        columns = _histories(generator, scores, popularity, lowest, highest)
+        first, last = number * _BLOCK, min((number + 1) * _BLOCK, users)
+        tastes[first:last] = own_tastes[: last - first]
+        user_ids[first:last] = np.arange(first, last).astype(np.str_)
+        counts = np.arange(columns[0].shape[1]) < own_lengths[: last - first, None]
+        for whole, column in zip(flat, columns, strict=True):
+            whole[offsets[first] : offsets[last]] = column[: last - first][counts]
 
     # numpy gives its lock back while it computes, and a block depends on nothing but its number.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        blocks = list(threads.map(made, range(-(-users // _BLOCK))))
+        for _ in threads.map(make, blocks):
+            pass  # so that what was raised is raised here
 
-    lengths = np.concatenate([block.lengths for block in blocks])
     ids = np.arange(items).astype(np.str_)
+    catalogue = Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), labels_of(characters))
     interactions = Interactions(
-        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        items=np.concatenate([block.flat(block.items) for block in blocks]),
-        ratings=np.concatenate([block.flat(block.ratings) for block in blocks]),
-        timestamps=np.concatenate([block.flat(block.timestamps) for block in blocks]),
-        user_ids=np.arange(users).astype(np.str_),
-        catalogue=Catalogue(ids, np.array([f"Item {name}" for name in ids.tolist()]), labels_of(characters)),
+        offsets=offsets, items=flat[0], ratings=flat[1], timestamps=flat[2], user_ids=user_ids, catalogue=catalogue
     )
-    return interactions, Preferences(np.concatenate([block.tastes for block in blocks]), characters, appeal)
+    return interactions, Preferences(tastes, characters, appeal)
+
+
+def _begin(seed: int, number: int, items: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+    """The generator of a block of users, their tastes, and how long their histories are."""
+    generator = np.random.default_rng([seed, _USERS, number])
+    tastes = generator.standard_normal((_BLOCK, WIDTH), np.float32)
+    lengths = generator.integers(SHORTEST, LONGEST, _BLOCK, endpoint=True)
+    return generator, tastes, np.minimum(lengths, items)
 
 
 def labels_of(characters: np.ndarray) -> np.ndarray:
@@ -130,17 +132,15 @@ def labels_of(characters: np.ndarray) -> np.ndarray:
 
 
 def _histories(
-    generator: np.random.Generator,
-    tastes: np.ndarray,
-    scores: np.ndarray,
-    popularity: np.ndarray,
-    lowest: int,
-    highest: int,
-) -> _Block:
-    """Let the logging policy show items to a block of users, and the users rate them in `lowest`..`highest` halves."""
+    generator: np.random.Generator, scores: np.ndarray, popularity: np.ndarray, lowest: int, highest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let the logging policy show items to a block of users, and the users rate them in `lowest`..`highest` halves.
+
+    Returns:
+        Items, ratings and timestamps, each (B, LONGEST), or (B, A) if that is fewer: as for the longest histories.
+    """
     users, items = scores.shape
     places = min(LONGEST, items)
-    lengths = np.minimum(generator.integers(SHORTEST, LONGEST, users, endpoint=True), places)
 
     # The items whose exponential clocks ring first are a draw without replacement, in the order of drawing.
     clocks = generator.standard_exponential(scores.shape, np.float32)
@@ -155,6 +155,4 @@ def _histories(
 
     gaps = 1 + generator.exponential(_MEAN_GAP, shown.shape).astype(np.int64)
     start = _START + generator.integers(_START_SPAN, size=(users, 1))
-    return _Block(
-        tastes, lengths, shown.astype(np.int32), (halves / 2).astype(np.float32), start + np.cumsum(gaps, axis=1)
-    )
+    return shown.astype(np.int32), (halves / 2).astype(np.float32), start + np.cumsum(gaps, axis=1)

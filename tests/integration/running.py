@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from common.settings import load_settings
+from server.checkpoint import Checkpoint
 from server.run_folder import RunFolder
 from simulations.cli import main
 from simulations.simulate import Watch
@@ -84,3 +86,10 @@ def simulate(out: Path, **changes: Any) -> dict[str, Any]:
         patient=lambda: nullcontext(lambda: False),
     )
     return run_simulation(RunFolder(out), silent, settings=settings, workers=1)
+
+
+def user_embeddings(run: Path, checkpoint: Checkpoint) -> np.ndarray:
+    """(N, w) what all devices of a simulation had at a checkpoint: what it holds, laid over the file of the run."""
+    users: np.ndarray = np.load(RunFolder(run).user_embeddings)
+    users[checkpoint.extra["devices"].numpy()] = checkpoint.extra["users"].numpy()
+    return users

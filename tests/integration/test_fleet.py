@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from deployment import DEVICES, opened
 from recorded_fleet import Fleet, planted
+from running import user_embeddings
 
 from client.device_contents import known
 from client.ledger import Charge
@@ -77,7 +78,7 @@ def test_each_device_kept_what_a_simulated_one_has(fleet: Fleet, plain: Path, nu
         user, events, model = store.load_user(), store.events(), store.load_model()
         charges = [Charge.parse(entry) for entry in store.charges()]
     assert user is not None and np.any(user != 0)
-    np.testing.assert_array_equal(user, checkpoint.extra["users"][number].numpy())
+    np.testing.assert_array_equal(user, user_embeddings(plain, checkpoint)[number])
     assert events[-4:] == planted(number)
     items, ratings = known(events, site.catalogue)
     np.testing.assert_array_equal(items, train.items[own])

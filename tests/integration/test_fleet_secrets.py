@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from deployment import DEVICES, opened
 from flwr.app import ConfigRecord
 from recorded_fleet import HIDDEN, WIRE, Fleet, planted
-from running import fedtopk
+from running import fedtopk, user_embeddings
 
 from client.device_contents import known
 from client.store_key import KeyFile
@@ -83,7 +83,7 @@ def embedding(fleet: Fleet, plain: Path, number: int) -> Needles:
         user = store.load_user()
     assert user is not None and np.all(user != 0)
     checkpoints = sorted((plain / "checkpoints").iterdir())
-    users = [user, *(load(path).extra["users"][number].numpy() for path in checkpoints)]
+    users = [user, *(user_embeddings(plain, load(path))[number] for path in checkpoints)]
     assert len(users) == 3
     return {
         f"user {age}, {name}": needle
