@@ -229,7 +229,7 @@ def train_in(
     resume = folder.settings_file.exists()
     if resume and folder.settings() != settings:
         raise RunError(f"Expected {folder.path} to have been begun with the settings of this study.")
-    population = Population(settings, histories)
+    population = Population(settings, histories, folder.user_embeddings)
     with folder.open(settings, resume) as store, BatchedCohort(population, workers) as cohort:
         features = features_of(settings.model, histories.catalogue)
         training = open_training(settings, folder, store, cohort, len(histories.catalogue), features=features)

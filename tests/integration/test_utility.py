@@ -19,7 +19,13 @@ from simulations.simulate import Watch
 from simulations.utility import Study, run_study
 
 SETUP = Setup(source="synthetic", users=200, items=30, events=12, slate_size=5, factors=3)
-OVERRIDES = ("model.input_width=4", "model.state_width=6", "training.checkpoint_every=2", "training.learning_rate=0.1")
+OVERRIDES = (
+    "model.input_width=4",
+    "model.state_width=6",
+    "model.rank=2",
+    "training.checkpoint_every=2",
+    "training.learning_rate=0.1",
+)
 STUDY = Study(SETUP, rounds=8, cohort=60, epsilons=(8.0, 80.0), seeds=1, first_seed=4, overrides=OVERRIDES)
 TRAININGS = ["seed 4, not private", "seed 4, epsilon 8", "seed 4, epsilon 80"]
 
