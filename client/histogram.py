@@ -18,39 +18,42 @@ from common.trajectory import HIGHEST_REWARD, Trajectories
 
 @dataclass(frozen=True)
 class Histograms:
-    """Of B devices, as :class:`client.local_update.Gradients`.
+    """Of B devices, as :class:`client.local_update.Gradients`: E numbers that are not 0.
 
     Attributes:
-        values: (B, l) sparse float64, each row of norm C or 0.
+        shape: (B, l).
+        devices, places: (E,) int64, whose they are, and where in a vector.
+        values: (E,) float64.
     """
 
+    shape: tuple[int, int]
+    devices: Tensor
+    places: Tensor
     values: Tensor
 
     def norms(self) -> Tensor:
         """(B,) float64."""
-        return _norms(self.values)
+        squares = torch.zeros(self.shape[0], dtype=torch.float64)
+        return squares.index_add_(0, self.devices, self.values.square()).sqrt()
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """(l,) float64: sums of counts that all have the same sign grow, and float32 would lose a device in them."""
-        return self.values.T @ weights.double()
+        """(l,) float64: numbers that all have the same sign add up, and float32 would lose a device in their sum."""
+        total = torch.zeros(self.shape[1], dtype=torch.float64)
+        return total.index_add_(0, self.places, self.values * weights.double()[self.devices])
 
 
 def histograms_of(settings: Settings, windows: Trajectories, items: int, clip: float) -> Histograms:
     """The histograms of B devices' windows, of norm `clip`, or 1 where there is no clip."""
     real = torch.arange(windows.items.shape[1]) < windows.lengths.unsqueeze(-1)
     device, step = real.nonzero(as_tuple=True)
-    place = windows.items[device, step]
+    place, length = windows.items[device, step], items * histogram_blocks(settings)
     count = torch.ones(len(place), dtype=torch.float64)
-    length = items
-    if histogram_blocks(settings) == 2:
+    if length > items:
         liked = windows.rewards[device, step].double().clamp(min=0) / HIGHEST_REWARD
         count = torch.cat([count, liked - settings.objective.critic_start])
-        device, place, length = device.repeat(2), torch.cat([place, items + place]), 2 * items
-    counts = torch.sparse_coo_tensor(torch.stack([device, place]), count, (len(windows), length)).coalesce()
-    factor = (clip if math.isfinite(clip) else 1.0) / _norms(counts).clamp(min=1)  # that of any event is at least 1
-    return Histograms(counts * factor.unsqueeze(-1))
-
-
-def _norms(rows: Tensor) -> Tensor:
-    squares = rows.values().square()
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, rows.indices()[0], squares).sqrt()
+        device, place = device.repeat(2), torch.cat([place, items + place])
+    cells, cell = torch.unique(device * length + place, return_inverse=True)
+    sums = torch.zeros(len(cells), dtype=torch.float64).index_add_(0, cell, count)
+    counts = Histograms((len(windows), length), cells // length, cells % length, sums)
+    factor = (clip if math.isfinite(clip) else 1.0) / counts.norms().clamp(min=1)  # any event's count is at least 1
+    return Histograms(counts.shape, counts.devices, counts.places, sums * factor[counts.devices])

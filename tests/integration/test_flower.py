@@ -36,6 +36,7 @@ SHARED = TINY | {
     "aggregation.kind": "secure",
     "aggregation.dropout_fraction": 0.2,
     "privacy.clip_quantile": 0.5,
+    "training.start": "popularity",
 }
 """Settings of both runs; a device's state carries over from round to round."""
 
