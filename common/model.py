@@ -131,8 +131,8 @@ def initialise(
 
     The heads' item embeddings start small, so that π and β start near the uniform distribution; frequencies start
     log-uniform over the catalogue, which is in the order of falling frequency, or, where the first round counts, alike;
-    starts are 0 until then. Whole tables or made of features and of
-    low rank, their entries start about as large; next to features what is of low rank starts at 0.
+    ``start.`` parameters are 0 until it has counted. Whole tables or made of features and of low rank, their entries
+    start about as large; next to features what is of low rank starts at 0.
 
     Args:
         features: (A, f) of :func:`common.features.features_of`; None draws them, where a model has any.

@@ -3,7 +3,7 @@
 In that round a member sends, in place of a gradient, how often it met each item and, where the model has a critic, a
 second block beside that: the sum of what the rewards were above the critic's public first guess g
 (`objective.critic_start`), Σ (r⁺/5 − g). From the released sum the server computes where the items' biases start
-(:mod:`server.popularity_start`), which is post-processing; no later round, and no other attempt that releases, counts.
+(:mod:`server.popularity_start`), which is post-processing. No later round counts.
 
 Why it costs what any round does (unit: one user; adjacencies of :mod:`common.privacy.accounting`). A member's vector is
 scaled to a joint L2 norm of exactly C (:mod:`client.histogram`), clipped and noised by the very code that clips and

@@ -157,7 +157,7 @@ def test_a_real_run_with_lost_uploads_ends_in_the_bit_identical_model(tmp_path: 
 
     report = json.loads((run / "report.json").read_text())
     clips = [clip for _, clip in report["clip"]["by_round"]]
-    assert len(clips) == len(set(clips)) == 3 and clips[0] == 1.0
+    assert len(clips) == len(set(clips)) == 2 and clips[0] == 1.0  # the first round counts
     assert (report["status"], report["rounds"], report["devices"]) == ("finished", 3, 10)
     assert report["client_updates"] == 26
     assert report["aggregation"]["dropouts"] == 4
