@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.local_update import compute_update
+from client.local_update import update_of
 from common.offer import Offer
 from common.privacy.adaptive_clip import with_its_bit
 from common.privacy.encoding import encode
@@ -33,19 +33,11 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
     Args:
         roster: n, the realised size of the round's roster, from which the device's share of the noise follows.
         device: the device's number, which labels its reproducible randomness.
-        window: its own window, a batch of one.
+        window: its own window of the round, a batch of one.
         user: (w,) its user embedding.
     """
     with one_thread():
-        update = compute_update(
-            offer.settings,
-            offer.parameters,
-            window,
-            user.unsqueeze(0),
-            offer.candidates,
-            offer.warm,
-            offer.item_slice,
-        )
+        update = update_of(offer, window, user.unsqueeze(0))
         vector = update.gradients.weighted_sum(torch.ones(1)).numpy()
     local_user = update.local_users[0]
     # Numbers of a model that overflow for some histories only must not tell whose: such a device sends noise alone.
@@ -53,7 +45,7 @@ def participate(offer: Offer, roster: int, device: int, window: Trajectories, us
         vector = np.zeros_like(vector)
     if not bool(torch.isfinite(local_user).all()):
         local_user = user
-    if offer.settings.privacy.clip_quantile:
+    if offer.adaptive:
         vector = with_its_bit(vector, offer.clip)
     residues = encode(
         vector,

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from client.histogram import histograms_of
 from client.local_loss import At, Loss, Steps, states_at, steps_between
 from common.candidates import Candidates
 from common.ghost import Gradient
 from common.item_slice import ItemSlice
 from common.item_tables import by_parts, formed
-from common.model import Parameters, group_of, trained
+from common.model import Parameters, group_of, items_in, trained
+from common.offer import Offer
 from common.recurrence import Recurrence
 from common.settings import GroupScale, Settings
 from common.tape import Tape
@@ -33,7 +35,7 @@ _SMALLEST_COEFFICIENT = 1e-6
 
 
 class Gradients(Protocol):
-    """The shared gradients of B devices, in the scale of `privacy.group_scale`."""
+    """The shared gradients of B devices, in the scale of `privacy.group_scale`, or what else a round releases."""
 
     def norms(self) -> Tensor:
         """(B,) joint L2 norms over everything shared."""
@@ -51,6 +53,15 @@ class LocalUpdate:
     """(B, w) adapted user embeddings."""
     local_metrics: dict[str, Tensor]
     """(B,) each, or (B, bins) for histograms: losses and weights of the shared part, for simulations."""
+
+
+def update_of(offer: Offer, windows: Trajectories, users: Tensor) -> LocalUpdate:
+    """What B devices, of embeddings `users` (B, w), compute in a round from their windows: steps 1 to 3, or a histogram
+    of all that they have, which leaves the embeddings as they are."""
+    settings = offer.settings
+    if offer.counting:
+        return LocalUpdate(histograms_of(settings, windows, items_in(offer.parameters), offer.clip), users, {})
+    return compute_update(settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice)
 
 
 def compute_update(

@@ -101,8 +101,9 @@ class StoredDevice:
         items, ratings = known(self._store.events(), self.catalogue)
         rewards = rewards_of(ratings, self._settings.data.rating_range)
         length, device = np.array([len(items)]), np.array([self.number])
-        starts = window_starts(training.seed, round_, device, length, training.window)
-        steps = np.minimum(length, training.window)
+        window = self._settings.window(round_)
+        starts = window_starts(training.seed, round_, device, length, window)
+        steps = np.minimum(length, window)
         return pad(items, rewards, returns_of(rewards, objective.discount), starts, steps, training.support_fraction)
 
     def load_user(self) -> np.ndarray | None:

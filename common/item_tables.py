@@ -7,6 +7,8 @@ parameter                  shape    use
 ``<table>.loadings``       (r, m)   R, trained; with a `model.rank` = r below the table's own width m
 ``<table>.factors``        (A, r)   U, trained
 ``features.matrix``        (A, f)   F, public and fixed (:mod:`common.features`), the same for all tables
+``start.<table>``          (A, 1)   where biases start, fixed: added to the last column of a head's table, made of
+                                    parts or not, with `training.start` = popularity (:mod:`common.popularity`)
 =========================  =======  =====================================================================
 
 A device forms the tables (:func:`formed`) and computes with those. What it clips and uploads are the gradients by the
@@ -19,11 +21,13 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from common.ghost import Both, Formed, Gradient, Grams, Rows, Scattered
 from common.settings import ModelSettings
 
 FEATURES = "features.matrix"
+START = "start."
 BY_FEATURE, LOADINGS, FACTORS = "by_feature", "loadings", "factors"
 
 
@@ -37,11 +41,14 @@ def parts_of(model: ModelSettings, table: str, rows: int, width: int) -> dict[st
 
 
 def formed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters with whole tables in place of their parts, differentiable by those."""
+    """The parameters with whole tables in place of their parts, differentiable by those; starts come after tables."""
     tables: dict[str, Tensor] = {}
     for name, value in parameters.items():
         table, _, part = name.rpartition(".")
-        if part == BY_FEATURE:
+        if name.startswith(START):
+            table = name.removeprefix(START)
+            tables[table] = tables[table] + pad(value, (tables[table].shape[-1] - 1, 0))
+        elif part == BY_FEATURE:
             tables[table] = parameters[FEATURES] @ value
         elif part == FACTORS:
             low_rank = value @ parameters[f"{table}.{LOADINGS}"]

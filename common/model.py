@@ -22,8 +22,8 @@ able to move the state in opposite directions, which no sum of u_a and ρ can. W
 m numbers. R is A, or `model.input_rows`, which items then share (:func:`input_rows`). Of the last four those are
 present that the objective needs (:attr:`common.settings.Settings.heads`). With fewer shared numbers than that the
 tables with a row per item are made of parts (:mod:`common.item_tables`), of which the functions below take what
-:func:`common.item_tables.formed` makes. All but the fixed features and `training.frozen` are trained and uploaded
-(:func:`trained`).
+:func:`common.item_tables.formed` makes. All but the fixed features and starts, and `training.frozen`, are trained and
+uploaded (:func:`trained`).
 
 The user embedding conditions the state by ``h_t = s_t + P e_u``, outside of the recurrence: a device whose embedding
 moves does not have to replay its history, and one new interaction advances the state in O(1).
@@ -40,7 +40,7 @@ from torch import Tensor
 from common.candidates import log_uniform
 from common.errors import ModelError
 from common.features import ORDER_COLUMNS, order_knots
-from common.item_tables import FACTORS, FEATURES, LOADINGS, parts_of
+from common.item_tables import FACTORS, FEATURES, LOADINGS, START, parts_of
 from common.settings import Group, Head, ModelSettings, Settings
 from common.tape import Dense, Tape
 
@@ -71,7 +71,11 @@ def shapes(settings: Settings, items: int) -> dict[str, tuple[int, int]]:
         found = recurrent | found
     for head in settings.heads:
         found |= parts_of(model, HEADS[head], items, 1 if head == "frequency" else n + 1)
-    return found | ({FEATURES: (items, model.feature_width)} if model.items == "features" else {})
+    if model.items == "features":
+        found[FEATURES] = (items, model.feature_width)
+    if settings.training.start == "popularity":
+        found |= {START + HEADS[head]: (items, 1) for head in settings.heads}
+    return found
 
 
 def _inputs(model: ModelSettings) -> int:
@@ -99,7 +103,7 @@ KEEP_BIAS = 3.0
 
 
 def items_in(parameters: Parameters) -> int:
-    """A, the number of items: the rows of any head's table or factors, or of the features: one always comes last."""
+    """A, the number of items: the rows of any head's table, factors or start, or of the features: one comes last."""
     return len(next(reversed(parameters.values())))
 
 
@@ -111,7 +115,7 @@ def group_of(name: str) -> Group:
 
 def trained(settings: Settings, parameters: Mapping[str, _Value]) -> dict[str, _Value]:
     """Of all parameters, or their shapes, those that are trained: what an update is made of, in this order."""
-    fixed = ("features", *settings.training.frozen)
+    fixed = ("features", "start", *settings.training.frozen)
     return {name: value for name, value in parameters.items() if group_of(name) not in fixed}
 
 
@@ -126,8 +130,9 @@ def initialise(
     """Draw the initial parameters: fan-in scaled normals, biases 0 but for gates that start open.
 
     The heads' item embeddings start small, so that π and β start near the uniform distribution; frequencies start
-    log-uniform over the catalogue, which is in the order of falling frequency. Whole tables or made of features and of
-    low rank, their entries start about as large; next to features what is of low rank starts at 0.
+    log-uniform over the catalogue, which is in the order of falling frequency, or, where the first round counts, alike;
+    ``start.`` parameters are 0 until it has counted. Whole tables or made of features and of low rank, their entries
+    start about as large; next to features what is of low rank starts at 0.
 
     Args:
         features: (A, f) of :func:`common.features.features_of`; None draws them, where a model has any.
@@ -142,12 +147,18 @@ def initialise(
             weight *= 0
         elif part == FACTORS:
             weight *= _SPREAD["items" if table.startswith("items") else "heads"]
+        elif name.startswith(START):
+            weight *= 0
         elif name == FEATURES:
             weight = weight * shape[1] ** -0.5 if features is None else features
         elif name.startswith(("cell", "user")):
             weight *= shape[1] ** -0.5
         elif name.startswith("items"):
             weight *= _SPREAD["items"]
+        elif HEADS["frequency"] in (name, table) and settings.training.start == "popularity":
+            weight *= 0
+            if name == HEADS["frequency"]:
+                weight -= math.log(items)
         elif name == HEADS["frequency"]:
             weight = torch.from_numpy(np.log(log_uniform(items))).float().unsqueeze(-1)
         elif table == HEADS["frequency"]:

@@ -14,6 +14,7 @@ from common.errors import ProtocolError
 from common.item_slice import ItemSlice, slice_of
 from common.item_tables import formed
 from common.model import HEADS, Parameters, check_parameters, dimension_of, items_in, shapes
+from common.popularity import histogram_blocks
 from common.privacy.adaptive_clip import clip_of, sent
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
@@ -51,17 +52,33 @@ class Offer:
         return self.round > self.settings.objective.warmup_rounds
 
     @property
+    def counting(self) -> bool:
+        """Whether a histogram is released in place of a gradient (:mod:`common.popularity`)."""
+        return self.settings.counting(self.round)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether members tell if their norm was within C (:mod:`common.privacy.adaptive_clip`)."""
+        return self.settings.privacy.clip_quantile > 0 and not self.counting
+
+    @property
     def dimension(self) -> int:
-        """d, how many of the parameters are trained: the length of an update."""
+        """d, how many of the parameters are trained: the length of a gradient."""
         return dimension_of(self.settings, self.parameters)
+
+    @property
+    def length(self) -> int:
+        """How many numbers each member sends."""
+        if self.counting:
+            return histogram_blocks(self.settings) * items_in(self.parameters)
+        return sent(self.settings.privacy, self.dimension)[0]
 
     @property
     def clip(self) -> float:
         """C, what updates are clipped to; inf where they are not. One value for both sides: the encoding's."""
-        privacy = self.settings.privacy
-        if math.isinf(privacy.clip_norm):
+        if math.isinf(self.settings.privacy.clip_norm):
             return math.inf
-        return clip_of(self.encoding) if privacy.clip_quantile else self.encoding.clip
+        return clip_of(self.encoding) if self.adaptive else self.encoding.clip
 
     @cached_property
     def model(self) -> bytes:
@@ -111,9 +128,8 @@ def read_offer(terms: Terms, arrays: Mapping[str, np.ndarray], settings: Setting
     parameters = {name: torch.from_numpy(array.copy()) for name, array in ordered.items()}
     check_parameters(parameters, expected)
     offer = Offer(terms.round, terms.attempt, parameters, terms.encoding, settings, item_slice)
-    length, _ = sent(settings.privacy, offer.dimension)
-    if terms.encoding.dimension != length:
-        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {length}.")
+    if terms.encoding.dimension != offer.length:
+        raise ProtocolError(f"Expected the encoding's dimension={terms.encoding.dimension} to be {offer.length}.")
     if offer.model != terms.model:
         raise ProtocolError("Expected the model to be the one that the round was agreed on.")
     return offer

@@ -22,6 +22,8 @@ from common.errors import SettingsError
 _COUNTED = ("popularity", "in-batch")
 CLIP_RANGE = 1e4
 """How many times larger or smaller than the first one an adaptive clip may become."""
+_WHOLE = 2**62
+"""More interactions than any history has."""
 Head = Literal["policy", "behaviour", "frequency", "critic"]
 Estimator = Literal["cross-entropy", "likelihood", "reinforce", "off-policy", "top-k", "direct"]
 Group = Literal["items", "cell", "policy", "behaviour", "critic"]
@@ -261,6 +263,9 @@ class TrainingSettings(_Section):
     schedule: Literal["constant", "cosine"] = "constant"
     """How the learning rate goes on from there: as it is, or down to 0 over the rounds along half a cosine."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    start: Literal["random", "popularity"] = "random"
+    """Where the items' biases start: alike, or, after a first round that releases a noisy histogram of the devices'
+    interactions in place of a gradient, at each item's popularity (and the critic's at how much it is liked)."""
     frozen: Annotated[tuple[Group, ...], BeforeValidator(_several)] = ()
     """Groups of parameters that stay as they were drawn: neither trained nor uploaded, nor any part of the noise."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -398,6 +403,7 @@ class Settings(_Section):
                 ("training.coins", self.training.coins, "server"),
                 ("objective.slice_items", self.objective.slice_items, 0),
                 ("privacy.clip_quantile", self.privacy.clip_quantile, 0),
+                ("training.start", self.training.start, "random"),
             ):
                 if found != needed:
                     raise ValueError(
@@ -406,6 +412,12 @@ class Settings(_Section):
                     )
         if self.objective.slice_items == 1:
             raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
+        if self.objective.slice_items and self.training.start == "popularity":
+            raise ValueError(
+                f"Expected training.start=popularity to be random with objective.slice_items="
+                f"{self.objective.slice_items}: a histogram has a number for each item of the catalogue, and a device "
+                "of such a run uploads numbers of a slice alone."
+            )
         if self.objective.slice_items and self.model.items == "features":
             raise ValueError(
                 f"Expected objective.slice_items={self.objective.slice_items} to be 0 with model.items=features: what "
@@ -472,6 +484,14 @@ class Settings(_Section):
     def private(self) -> bool:
         """Whether what is released carries noise."""
         return self.privacy.mechanism != "none"
+
+    def counting(self, round_: int) -> bool:
+        """Whether a round, from 1, releases a histogram in place of a gradient (:mod:`common.popularity`)."""
+        return self.training.start == "popularity" and round_ == 1
+
+    def window(self, round_: int) -> int:
+        """Longest stretch of its history that a device reads in a round: all of it where it counts."""
+        return _WHOLE if self.counting(round_) else self.training.window
 
     @property
     def separation(self) -> int:

@@ -73,6 +73,11 @@ def _privacy(report: Mapping[str, Any]) -> Iterator[str]:
         f"Mechanism `{privacy['mechanism']}`, noise multiplier {privacy['noise_multiplier']:.4g}, clip norm "
         f"{privacy['clip_norm']:g}, {privacy['releases']} releases. Catalogue: {privacy['catalogue']}."
     )
+    if "first_release" in privacy:
+        yield (
+            f"The first release says {privacy['first_release']}, and is one of those that both figures count; the "
+            "items' biases start from it."
+        )
     if "clip" in report:
         yield _clip(report["clip"])
     yield "`fedtopk privacy verify` recomputes both figures from the run's event log with a second accountant."

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.errors import RunError
 from common.item_slice import cut, slice_of
 from common.model import dimension_of, initialise
+from common.popularity import histogram_blocks
 from common.privacy.budget import make_budget
 from common.privacy.tree import CorrelatedNoise, Tree
 from common.settings import Settings
@@ -55,7 +56,8 @@ def open_training(
     dimension = dimension_of(settings, cut(parameters, slice_of(settings, items, 1)))
     others = population.others(events.origin) if population else None
     begun_with = begun.fields["noise_multiplier"] if begun else None
-    budget = make_budget(settings, cohort.devices, dimension, others, begun_with)
+    histogram = histogram_blocks(settings) * items if settings.counting(1) else 0
+    budget = make_budget(settings, cohort.devices, dimension, others, begun_with, histogram)
     if begun is None:
         events.record(MECHANISM, **budget.mechanism(), population=population.origin if population else "")
     elif budget.tree is not None and begun.fields["tree"] != json.loads(json.dumps(budget.mechanism()["tree"])):

@@ -30,6 +30,7 @@ from server.cohort import Cohort, CohortSum
 from server.controls import Controls
 from server.events import Events
 from server.ledger import Ledger
+from server.popularity_start import starts
 from server.sampling import draw_roster
 
 ATTEMPTS = 3
@@ -181,7 +182,7 @@ class Training:
             item_slice = slice_of(self.settings, items_in(self.current()), number)
             sliced = cut(self.current(), item_slice)
             noise = None if self.noise is None else self.noise.of(number)
-            offer = Offer(number, attempt, sliced, self._encoding(), self.settings, item_slice, noise)
+            offer = Offer(number, attempt, sliced, self._encoding(number), self.settings, item_slice, noise)
             if len(members):
                 self.ledger.uploaded(number, attempt)
             try:
@@ -193,7 +194,10 @@ class Training:
                     raise
                 continue
             break
-        self._step(cohort_sum, offer)
+        if offer.counting:
+            self._start(cohort_sum, offer)
+        else:
+            self._step(cohort_sum, offer)
         adapted = self._adapt(cohort_sum, offer)
         self._round = number
         self._client_updates += cohort_sum.survivors
@@ -216,8 +220,17 @@ class Training:
             seconds=seconds,
             **{name: value for name, value in sent.items() if value is not None},
             **adapted,
+            **({"histogram": True} if offer.counting else {}),
         )
         return Progress(number, self.current(), len(members), seconds, cohort_sum)
+
+    def _start(self, cohort_sum: CohortSum, offer: Offer) -> None:
+        """Let the items' biases start where the histogram of a first round that counts says."""
+        encoding = offer.encoding
+        noise = math.sqrt(encoding.variance) / (encoding.scale * encoding.clip)
+        with torch.no_grad():
+            for name, value in starts(self.settings, cohort_sum.total / encoding.clip, noise, self._expected).items():
+                self._model[name].copy_(value)
 
     def _step(self, cohort_sum: CohortSum, offer: Offer) -> None:
         """One step along the mean over the *expected* cohort: dividing by who answered would not be private.
@@ -246,8 +259,10 @@ class Training:
                 f"{self.settings.training.learning_rate} or set a finite privacy.clip_norm."
             )
 
-    def _encoding(self) -> Encoding:
-        """Of the next round."""
+    def _encoding(self, number: int) -> Encoding:
+        """Of a round, the next one."""
+        if self.settings.counting(number) and self.budget.histogram:
+            return self.budget.histogram
         return at(self.budget.encoding, self._clip) if self._adaptive else self.budget.encoding
 
     def _unit(self, offer: Offer) -> float:
@@ -258,7 +273,7 @@ class Training:
 
     def _adapt(self, cohort_sum: CohortSum, offer: Offer) -> dict[str, float]:
         """Move C by what was released of it. What is to be recorded: the round's C, and the noisy share within it."""
-        if self._adaptive is None:
+        if self._adaptive is None or not offer.adaptive:
             return {}
         share = share_within(float(cohort_sum.total[-1]), offer.clip, self._expected)
         used, self._clip = self._clip, self._adaptive.following(self._clip, share)

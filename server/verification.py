@@ -156,6 +156,8 @@ def recompute(mechanism: Mapping[str, Any], entries: list[Entry]) -> dict[str, A
             "observer": OBSERVER,
         }
     multiplier, left = effective_multiplier(encoding), spendable_delta(delta, encoding, releases)
+    if "histogram" in mechanism:
+        multiplier = min(multiplier, effective_multiplier(Encoding(**mechanism["histogram"])))
     uploads = contributions(rate, len(entries))
     model = epsilon_model(multiplier, rate, releases, left)
     server = epsilon_server(multiplier, encoding.honest, uploads, left)
@@ -256,6 +258,8 @@ def _verify_run(folder: RunFolder, log: Log, table: list[Entry]) -> tuple[list[C
     clips = clips_of(log.events)
     if "adaptive_clip" in mechanism:
         checks.append(_clip_check(mechanism, log, clips))
+    if "histogram" in mechanism:
+        checks.append(_histogram_check(mechanism, log))
     try:
         report = json.loads(folder.report_file.read_text(encoding="utf-8"))
         head, claimed = Head(**report["log"]), report["privacy"]
@@ -275,9 +279,9 @@ def _verify_run(folder: RunFolder, log: Log, table: list[Entry]) -> tuple[list[C
 def _clip_check(mechanism: Mapping[str, Any], log: Log, clips: Sequence[Sequence[float]]) -> Check:
     """Whether each round's C follows from what the round before released, under noise that is enough for it."""
     adaptive, first = AdaptiveClip(**mechanism["adaptive_clip"]), Encoding(**mechanism["encoding"])
-    due, wrong = {0: adaptive.first}, []
+    due, wrong = {1 if "histogram" in mechanism else 0: adaptive.first}, []
     for event in log.events:
-        if event.kind == "round":
+        if event.kind == "round" and "clip" in event.fields:
             round_, clip, share = int(event.round or 0), event.fields["clip"], event.fields["share_within"]
             # What was due is not known where a crash came between a release and its event.
             follows = _near(clip, due.get(round_ - 1, clip))
@@ -288,6 +292,15 @@ def _clip_check(mechanism: Mapping[str, Any], log: Log, clips: Sequence[Sequence
     if clips:
         words += f", from {clips[0][1]:.4g} to {clips[-1][1]:.4g}"
     return Check("clip", not wrong, f"C of round {wrong[0]} is not what the one before released" if wrong else words)
+
+
+def _histogram_check(mechanism: Mapping[str, Any], log: Log) -> Check:
+    """Whether the first round alone released a histogram, under the run's own noise."""
+    counted = {event.round or 0 for event in log.events if event.kind == "round" and event.fields.get("histogram")}
+    own, others = Encoding(**mechanism["histogram"]), Encoding(**mechanism["encoding"])
+    ok = counted <= {1} and (not others.variance or _near(own.noise_multiplier, others.noise_multiplier))
+    words = f"rounds that released a histogram: {sorted(counted)}, noise multiplier {own.noise_multiplier:.4g}"
+    return Check("histogram", ok, words)
 
 
 def covers(log: Log, head: Head, what: str) -> Check:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.local_update import Gradients, compute_update
+from client.local_update import Gradients, update_of
 from common import kernels
 from common.errors import AggregationError
 from common.model import Parameters, flatten, items_in, unflatten
@@ -119,7 +119,7 @@ class BatchedCohort:
     def _compute(self, offer: Offer, members: np.ndarray, fixed: np.ndarray) -> Iterator[Block]:
         """Add the members' clipped sum to `fixed`; blocks come in their fixed order."""
         size = block_devices(offer.settings.objective, items_in(offer.parameters))
-        order = members[np.argsort(self._population.window_lengths(members), kind="stable")]
+        order = members[np.argsort(self._population.window_lengths(offer.round, members), kind="stable")]
         cuts = [order[start : start + size] for start in range(0, len(order), size)]
         jobs = (  # one after the other: the first ones are computed while later ones are read
             (devices, self._population.windows(offer.round, devices), self._population.users[devices])
@@ -140,10 +140,10 @@ def fixed_point_scale(clip_norm: float) -> float:
 
 def compute_block(offer: Offer, devices: np.ndarray, windows: Trajectories, users: Tensor, fixed: np.ndarray) -> Block:
     """Compute one block, on one torch thread, and add its clipped sum to `fixed`."""
-    settings, clip = offer.settings, offer.clip
-    update = compute_update(settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice)
-    norms = add_clipped(offer, update.gradients, fixed)
-    metrics = update.local_metrics | {"clipped": (norms > clip).float(), "norm": norms, "norms": _norm_bin(norms, clip)}
+    clip, update = offer.clip, update_of(offer, windows, users)
+    norms, metrics = add_clipped(offer, update.gradients, fixed), update.local_metrics
+    if not offer.counting:  # histograms all have the norm C
+        metrics |= {"clipped": (norms > clip).float(), "norm": norms, "norms": _norm_bin(norms, clip)}
     return Block(devices, update.local_users, {name: value.double().sum(0) for name, value in metrics.items()})
 
 
@@ -157,7 +157,7 @@ def add_clipped(offer: Offer, gradients: Gradients, fixed: np.ndarray) -> Tensor
     total = gradients.weighted_sum(torch.from_numpy(clip_factor(norms.numpy(), clip)).float())
     if not kernels.add_fixed(total, fixed_point_scale(clip), fixed[: len(total)]):
         raise _diverged(offer, f"a sum reaches {float(total.abs().max()) * fixed_point_scale(clip):.3g} of 2^51 units")
-    if offer.settings.privacy.clip_quantile:
+    if offer.adaptive:
         fixed[-1] += round(SHARE * clip_of(offer.encoding) * fixed_point_scale(clip)) * within(norms, clip).sum()
     return norms
 
@@ -223,13 +223,14 @@ class _Pool:
             self._executor = None
             raise AggregationError("A worker process died during the round; nothing was released.") from None
         for sums in self._sums.numpy():
-            fixed += sums
+            fixed += sums[: len(fixed)]
         return blocks
 
     def _start(self, offer: Offer) -> None:
         shapes = {name: (value.shape[0], value.shape[1]) for name, value in offer.parameters.items()}
         self._shared = _shared(flatten(offer.parameters))
-        self._sums = _shared(torch.zeros(self._workers, offer.encoding.dimension, dtype=torch.int64))
+        most = max(offer.encoding.dimension, offer.dimension + 1)  # a first round that counts is of another length
+        self._sums = _shared(torch.zeros(self._workers, most, dtype=torch.int64))
         context = multiprocessing.get_context("spawn")
         slots = context.SimpleQueue()
         for slot in range(self._workers):
@@ -274,7 +275,9 @@ _worker: _Worker
 
 def _work(light: Offer, packed: bytes) -> bytes:
     job: Job = pickle.loads(packed)
-    return _packed(compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums))
+    return _packed(
+        compute_block(replace(light, parameters=_worker.parameters), *job, _worker.sums[: light.encoding.dimension])
+    )
 
 
 class _Pickler(pickle.Pickler):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from client.histogram import histograms_of
 from client.local_update import losses_of
 from common.features import features_of
 from common.item_slice import cut, slice_of
@@ -17,6 +18,7 @@ from common.model import check_parameters, initialise, shapes, trained
 from common.offer import candidates_of
 from common.settings import Settings
 from common.threads import one_thread
+from server.popularity_start import starts
 from server.training import learning_rate, make_optimizer
 from simulations.datasets.interactions import Interactions
 from simulations.federated import Trained
@@ -52,6 +54,12 @@ def train_centrally(
         sliced = cut(model, item_slice)
         candidates = candidates_of(settings, sliced, step, item_slice)
         windows, users = population.windows(step, devices), population.users[devices]
+        if settings.counting(step):
+            counts = histograms_of(settings, windows, items, clip=1.0).weighted_sum(torch.ones(len(devices)))
+            with torch.no_grad():
+                for name, value in starts(settings, counts.numpy(), 0.0, len(devices)).items():
+                    model[name].copy_(value)
+            continue
         losses, users = losses_of(settings, sliced, windows, users, candidates, warm, item_slice)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step - 1)

@@ -38,15 +38,15 @@ class Population:
         """(N, w) float32 user embeddings, as they are now."""
         return self.states.rows
 
-    def window_lengths(self, devices: np.ndarray) -> np.ndarray:
-        """(B,) steps that each device trains on in one round."""
-        return np.asarray(np.minimum(self._lengths[devices], self._settings.training.window))
+    def window_lengths(self, round_: int, devices: np.ndarray) -> np.ndarray:
+        """(B,) steps that each device reads in a round."""
+        return np.asarray(np.minimum(self._lengths[devices], self._settings.window(round_)))
 
     def windows(self, round_: int, devices: np.ndarray) -> Trajectories:
         """The devices' windows of one round, a batch of B: work and memory for those, however many there are."""
         training, discount = self._settings.training, self._settings.objective.discount
-        lengths, steps = self._lengths[devices], self.window_lengths(devices)
-        starts = window_starts(training.seed, round_, devices, lengths, training.window)
+        lengths, steps = self._lengths[devices], self.window_lengths(round_, devices)
+        starts = window_starts(training.seed, round_, devices, lengths, self._settings.window(round_))
         read = lengths - starts if discount else steps  # a return looks ahead to the end of the history
         begins = np.cumsum(read) - read
         at = np.repeat(self._histories.offsets[devices] + starts - begins, read) + np.arange(read.sum())

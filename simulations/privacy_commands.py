@@ -202,6 +202,11 @@ def _plan_text(found: dict[str, Any]) -> Group:
         *([_sizes_text(found)] if "groups" in found else []),
         f"{found['parameters']:,} parameters are uploaded, {found['bytes_up']:,} bytes of a device in a round"
         + (f"; the model that it is sent has {found['bytes_down']:,}" if "bytes_down" in found else ""),
+        *(
+            [f"the first release says {found['first_release']}, of the rounds that are charged, and trains nothing"]
+            if "first_release" in found
+            else []
+        ),
         f"noise multiplier {found['noise_multiplier']:.4g}, signal-to-noise {found['signal_to_noise']:.2g}: an upper "
         "estimate, as if every round's update pointed the same way",
         figures_text(found),

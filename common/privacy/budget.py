@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from common.errors import PrivacyError
+from common.popularity import CONCENTRATION
 from common.privacy import NOT_OFFERED
 from common.privacy.accounting import (
     History,
@@ -117,6 +118,7 @@ class Budget:
         allowed_releases: how many rounds the target permits, at most those of the settings; None without noise.
         others: what other runs over the same population have spent, which the target counts in.
         tree: the mechanism of correlated noise, where it is that; the encoding is then without noise.
+        histogram: the encoding of the first round, where it counts (:mod:`common.popularity`).
     """
 
     settings: Settings
@@ -128,6 +130,7 @@ class Budget:
     allowed_releases: int | None
     others: Spending = field(default_factory=Spending)
     tree: Tree | None = None
+    histogram: Encoding | None = None
 
     @property
     def words(self) -> str:
@@ -151,6 +154,8 @@ class Budget:
         if privacy.clip_quantile:
             clip |= {"clip_quantile": privacy.clip_quantile}
         statement: dict[str, Any] = {"unit": "user", "mechanism": privacy.mechanism} | clip
+        if self.histogram:
+            statement |= {"first_release": "how often each item was met"}
         if self.account is None:
             return statement
         if self.tree is None:
@@ -182,7 +187,7 @@ class Budget:
     def spending(self, releases: int, attempts: int) -> Spending:
         """What so many releases and attempts spend of the population's privacy: everything, without noise."""
         rate = self.settings.training.cohort_rate
-        if not self.settings.private:
+        if self.account is None:
             return Spending(((0.0, rate, releases),) if releases else (), math.inf if attempts else 0.0)
         if self.tree is not None:
             times = participations(releases, self.tree.separation)
@@ -191,7 +196,7 @@ class Budget:
                 math.inf if attempts else 0.0,
                 releases * self.tree.delta_loss,
             )
-        multiplier = effective_multiplier(self.encoding)
+        multiplier = self.account.multiplier
         return Spending(
             ((multiplier, rate, releases),) if releases else (),
             contributions(rate, attempts) / (multiplier**2 * self.encoding.honest),
@@ -214,6 +219,7 @@ class Budget:
             "minimum_cohort": self.settings.guard.minimum_cohort,
             "encoding": asdict(self.encoding),
             **({"tree": tree} if tree else {}),
+            **({"histogram": asdict(self.histogram)} if self.histogram else {}),
         }
 
 
@@ -223,12 +229,14 @@ def make_budget(
     dimension: int,
     others: Spending | None = None,
     begun_with: float | None = None,
+    histogram: int = 0,
 ) -> Budget:
     """Resolve the mechanism of a run over N devices with d shared parameters.
 
     Args:
         others: what other runs over the same population have spent, which the target counts in.
         begun_with: z of the run, where it was resolved before; what others spent since then changes it no more.
+        histogram: how many numbers a member sends in a first round that counts; 0 where it does not.
 
     Raises :class:`~common.errors.PrivacyError` where the target cannot be met.
     """
@@ -248,18 +256,22 @@ def make_budget(
                 others.history,
             )
         )
-    length, bound = sent(privacy, dimension)
-    encoding = Encoding.choose(
-        length,
-        bound if math.isfinite(bound) else 1.0,  # unclipped sums are never encoded
-        0.0 if turns else multiplier,
-        cohort=settings.rate * devices,
-        honest=1 - aggregation.corrupt_fraction - aggregation.dropout_fraction,
-        bits=aggregation.bits,
-        central=aggregation.kind == "central",
-    )
+
+    def encoding_of(length: int, bound: float, concentration: int = 1) -> Encoding:
+        return Encoding.choose(
+            length,
+            bound if math.isfinite(bound) else 1.0,  # unclipped sums are never encoded
+            0.0 if turns else multiplier,
+            cohort=concentration * settings.rate * devices,
+            honest=1 - aggregation.corrupt_fraction - aggregation.dropout_fraction,
+            bits=aggregation.bits,
+            central=aggregation.kind == "central",
+        )
+
+    encoding = encoding_of(*sent(privacy, dimension))
+    counting = encoding_of(histogram, privacy.clip_norm, CONCENTRATION) if histogram else None
     if not settings.private:
-        return Budget(settings, devices, multiplier, delta, encoding, None, None, others)
+        return Budget(settings, devices, multiplier, delta, encoding, None, None, others, histogram=counting)
     if turns:
         return _correlated(settings, devices, multiplier, delta, encoding, others)
     # A multiplier that was asked for may leave room for rounds that a crash makes necessary again.
@@ -272,9 +284,10 @@ def make_budget(
             f"{training.cohort_rate * devices:g} expected members, or 1: one user would decide too often whether the "
             f"others are in the sum (δ {threshold:.2g} of {delta:.2g})."
         )
-    account = Account(effective_multiplier(encoding), encoding.honest, training.cohort_rate, delta, left)
+    worst = min(effective_multiplier(used) for used in (encoding, counting) if used)
+    account = Account(worst, encoding.honest, training.cohort_rate, delta, left)
     allowed = releases_within(privacy.target_epsilon, account.multiplier, account.rate, left, at_most, others.history)
-    return Budget(settings, devices, multiplier, delta, encoding, account, allowed, others)
+    return Budget(settings, devices, multiplier, delta, encoding, account, allowed, others, histogram=counting)
 
 
 def _correlated(

@@ -198,7 +198,11 @@ def _histograms(course: Course) -> list[Panel]:
 
 def _clipped(course: Course) -> Panel:
     if not course.simulation and course.rounds and course.settings.privacy.clip_quantile:
-        rows = {round_: {"clipped": 100 * (1 - row["share_within"])} for round_, row in course.rounds.items()}
+        rows = {
+            round_: {"clipped": 100 * (1 - row["share_within"])}
+            for round_, row in course.rounds.items()
+            if "share_within" in row
+        }
         return _chart("clipped", "Clipped updates", "% of the updates", rows, {"clipped": "clipped"}, _RELEASED)
     if not course.simulation:
         return Missing("clipped", "Clipped updates", _absent(course, "no round is completed yet"))

@@ -93,7 +93,8 @@ class System:
 
 def repetition(run: Settings, noise_multiplier: float, size: Size) -> System:
     """A run's mechanism (z, q, C, group scales, objective, optimiser) with its first users, at an audit's size,
-    and with whole tables of items, all of them trained: attacks look for an item's own numbers there.
+    and with whole tables of items, all of them trained from the first round on: attacks look for an item's own numbers
+    there. A first round that counts is so not attacked itself; its clip and noise are those of the others.
 
     Always in the `central` kind, whose clip and noise have the same sensitivity and variance as the others'.
     Raises :class:`PrivacyError` for a run without noise, and what loading its data raises.
@@ -116,7 +117,7 @@ def repetition(run: Settings, noise_multiplier: float, size: Size) -> System:
     tree["model"] |= {"items": "table", "rank": 0}
     warm = round(run.objective.warmup_rounds * rounds / run.training.rounds)
     tree["objective"] |= {"warmup_rounds": warm, "slate_size": min(run.objective.slate_size, size.items)}
-    tree["training"] |= {"rounds": rounds, "checkpoint_every": rounds, "frozen": ()}
+    tree["training"] |= {"rounds": rounds, "checkpoint_every": rounds, "frozen": (), "start": "random"}
     tree["privacy"] |= {"noise_multiplier": noise_multiplier, "delta": DELTA, "target_epsilon": _ANY_EPSILON}
     tree["aggregation"]["kind"] = "central"
     tree["guard"]["minimum_cohort"] = 1

@@ -32,6 +32,7 @@ SETTINGS = {
     "privacy.delta": 1e-4,
     "training.checkpoint_every": 1,
     "privacy.clip_quantile": 0.5,
+    "training.start": "popularity",
 }
 """Of fleets and deployments here, with what `fedtopk fleet` sets."""
 

@@ -199,7 +199,7 @@ def test_a_stop_leaves_no_half_attack() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("audited") / "run"
-    simulate(out, privacy__randomness="system", privacy__clip_quantile=0.5)
+    simulate(out, privacy__randomness="system", privacy__clip_quantile=0.5, training__start="popularity")
     return out
 
 

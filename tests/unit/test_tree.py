@@ -218,7 +218,10 @@ def test_turns_are_apart_and_depend_on_no_data() -> None:
     assert every.separation == 1 and len(draw_roster(every, 5, 11)) == 11
 
 
-@pytest.mark.parametrize("change", ["training.coins=device", "objective.slice_items=20", "privacy.clip_quantile=0.5"])
+@pytest.mark.parametrize(
+    "change",
+    ["training.coins=device", "objective.slice_items=20", "privacy.clip_quantile=0.5", "training.start=popularity"],
+)
 def test_what_does_not_go_with_turns_is_refused(change: str) -> None:
     with pytest.raises(SettingsError, match=r"with privacy\.mechanism=tree"):
         load_settings(None, ["privacy.mechanism=tree", "model.input_rows=20", change])
