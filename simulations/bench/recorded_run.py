@@ -1,4 +1,4 @@
-"""Run folders as of long runs, written without running them."""
+"""Run folders as of long runs, written without running them, to measure and to test what reads them."""
 
 import math
 from pathlib import Path
