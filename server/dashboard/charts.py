@@ -113,7 +113,7 @@ def _lines_option(chart: Chart) -> dict[str, Any]:
     axis = (
         {"type": "category", "data": list(chart.categories)}
         if chart.categories
-        else {"type": "value", "min": "dataMin"}
+        else {"type": "value", "min": "dataMin", "max": "dataMax"}
     )
     return {
         "xAxis": axis | {"name": chart.x},
