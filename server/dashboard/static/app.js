@@ -122,7 +122,7 @@ function dressed(option, width) {
     tooltip: { trigger: heat ? "item" : "axis", renderMode: "richText", backgroundColor: card, borderColor: line, textStyle: { color: ink, fontSize: 12 } },
     ...(heat
       ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
-          text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
+          text: [`${Number(option.visualMap.max.toPrecision(2))} %`, "0 %"],
           inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
       : { legend: { ...option.legend, type: legend > 3 ? "scroll" : "plain", itemWidth: 14, itemGap: 8, show: legend > 0, top: 0, textStyle: { color: ink, fontSize: 11 } } }),
     xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
