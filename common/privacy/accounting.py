@@ -41,8 +41,10 @@ EXCESS_LIMIT = 1e-3
 PRV_ERROR = 0.01
 """Error of the PRV accountant's ε, contained in its upper bound; smaller targets cannot be certified."""
 
+PRV_LARGEST = 200.0
+"""Of ε by RDP: beyond it the PRV accountant's tables grow too large, and overflow."""
+
 _RDP_ORDERS = np.arange(2, 257)
-_PRV_LARGEST = 200.0  # of ε by RDP: beyond it the PRV accountant's tables grow too large, and overflow
 _PLD_INTERVAL = 1e-3
 _LARGEST_MULTIPLIER = 1e6  # noise in which nothing can be learned
 
@@ -95,9 +97,9 @@ def epsilon_model(noise_multiplier: float, rate: float, releases: int, delta: fl
     too, if a loose one. 0 for no release, inf without noise.
     Tests: ``test_epsilon_model_of_a_known_case_by_both_accountants``, ``test_the_two_accountants_agree``.
 
-    Raises :class:`PrivacyError` unless z ≥ 0, 0 < q ≤ 1, releases ≥ 0 and 0 < δ < 1.
+    Raises :class:`PrivacyError` as :func:`check_mechanism` does.
     """
-    _check(noise_multiplier, rate, releases, delta)
+    check_mechanism(noise_multiplier, rate, releases, delta)
     history = _with(spent, noise_multiplier, rate, releases)
     if not history:
         return 0.0
@@ -107,8 +109,8 @@ def epsilon_model(noise_multiplier: float, rate: float, releases: int, delta: fl
         return _gaussian(1 / math.sqrt(sum(times / z**2 for z, _, times in history)), delta)
     from opacus.accountants import PRVAccountant
 
-    bound = _rough_epsilon(history, delta)
-    if bound > _PRV_LARGEST:
+    bound = rough_epsilon(history, delta)
+    if bound > PRV_LARGEST:
         return bound
     exact = PRVAccountant()
     exact.history = list(history)
@@ -126,7 +128,7 @@ def epsilon_model_pld(noise_multiplier: float, rate: float, releases: int, delta
     z > 0. From ε = 0.5 up it agrees with :func:`epsilon_model` to 0.02 wherever that one is by PRV; below, its own
     grid makes it up to 0.04 larger. It needs much time and memory for z below 0.1.
     """
-    _check(noise_multiplier, rate, releases, delta)
+    check_mechanism(noise_multiplier, rate, releases, delta)
     losses = [_losses(*mechanism) for mechanism in _with((), noise_multiplier, rate, releases)]
     losses += [_composed(spent)] if spent else []
     return float(reduce(lambda one, other: one.compose(other), losses).get_epsilon_for_delta(delta)) if losses else 0.0
@@ -145,7 +147,7 @@ def noise_multiplier_for(target_epsilon: float, rate: float, releases: int, delt
     Raises :class:`PrivacyError` if the target is too small to be certified (0.01 or little more), or above 100, and
     :class:`BudgetExceeded` if it is spent.
     """
-    _check(1.0, rate, releases, delta)
+    check_mechanism(1.0, rate, releases, delta)
     if not PRV_ERROR < target_epsilon <= 100:
         raise PrivacyError(f"Expected target_epsilon={target_epsilon} to be above {PRV_ERROR} and at most 100.")
     if releases == 0:
@@ -211,7 +213,7 @@ def epsilon_server(noise_multiplier: float, honest: float, contributions: int, d
     takes part. honest = 1 − γ − δ in (0, 1]. 0 without contributions, inf without noise.
     Tests: ``test_epsilon_server_is_that_of_the_gaussian``, ``test_epsilon_server_of_known_cases``.
     """
-    _check(noise_multiplier, honest, contributions, delta)
+    check_mechanism(noise_multiplier, honest, contributions, delta)
     if contributions == 0:
         return 0.0
     return _gaussian(noise_multiplier * math.sqrt(honest / contributions), delta)
@@ -221,7 +223,7 @@ def epsilon_server_gdp(noise_multiplier: float, honest: float, contributions: in
     """The cross-check of :func:`epsilon_server`: opacus's dual of Gaussian differential privacy, for ε up to 500."""
     from opacus.accountants.analysis.gdp import delta_eps_mu, eps_from_mu
 
-    _check(noise_multiplier, honest, contributions, delta)
+    check_mechanism(noise_multiplier, honest, contributions, delta)
     if contributions == 0:
         return 0.0
     mu = math.sqrt(contributions / honest) / noise_multiplier
@@ -247,7 +249,7 @@ def default_delta(users: int) -> float:
     return min(math.pow(users, -1.1), 0.5)
 
 
-def _rough_epsilon(history: History, delta: float) -> float:
+def rough_epsilon(history: History, delta: float) -> float:
     """By opacus's RDP accountant: an upper bound, in milliseconds."""
     from opacus.accountants import RDPAccountant
 
@@ -261,11 +263,11 @@ def _rough_epsilon(history: History, delta: float) -> float:
 def rough_multiplier(target_epsilon: float, rate: float, releases: int, delta: float) -> float:
     """A z that is enough, in milliseconds: by RDP, which asks for 4–24 % more of it, or without any sampling."""
     low = enough = float(get_sigma_gaussian(target_epsilon, delta)) * math.sqrt(releases)
-    while _rough_epsilon(((low, rate, releases),), delta) < target_epsilon:
+    while rough_epsilon(((low, rate, releases),), delta) < target_epsilon:
         low /= 2
     if low == enough:
         return enough
-    return _root(lambda z: _rough_epsilon(((z, rate, releases),), delta), target_epsilon, low, enough)
+    return _root(lambda z: rough_epsilon(((z, rate, releases),), delta), target_epsilon, low, enough)
 
 
 def _with(spent: History, noise_multiplier: float, rate: float, releases: int) -> History:
@@ -294,7 +296,8 @@ def _root(function: Callable[[float], float], value: float, low: float, high: fl
     return math.exp(logarithm)
 
 
-def _check(noise_multiplier: float, rate: float, times: int, delta: float) -> None:
+def check_mechanism(noise_multiplier: float, rate: float, times: int, delta: float) -> None:
+    """Raises :class:`PrivacyError` unless z ≥ 0, 0 < q ≤ 1, releases ≥ 0 and 0 < δ < 1."""
     if not 0 <= noise_multiplier < math.inf:
         raise PrivacyError(f"Expected noise_multiplier={noise_multiplier} to be ≥ 0 and finite.")
     if not 0 < rate <= 1:

@@ -20,6 +20,7 @@ from common.privacy.accounting import (
 )
 from common.privacy.adaptive_clip import AdaptiveClip, sent
 from common.privacy.encoding import Encoding
+from common.privacy.epsilon_curve import epsilon_model_of_many
 from common.privacy.tree import Tree, participations
 from common.settings import Settings
 
@@ -92,10 +93,17 @@ class Account:
     spendable: float
     separation: int = 0
 
-    def epsilon_model(self, releases: int) -> float:
-        """ε_model after so many releases: of rounds, one after another, where noise is correlated."""
+    def epsilon_model(self, releases: int, at_most: int = 0) -> float:
+        """ε_model after so many releases: of rounds, one after another, where noise is correlated.
+
+        Args:
+            at_most: of many numbers of releases that it is wanted for, the largest
+                (:func:`~common.privacy.epsilon_curve.epsilon_model_of_many`).
+        """
         if self.separation:
             return epsilon_model(self.multiplier, 1.0, participations(releases, self.separation), self.spendable)
+        if at_most:
+            return epsilon_model_of_many(self.multiplier, self.rate, releases, self.spendable, at_most)
         return epsilon_model(self.multiplier, self.rate, releases, self.spendable)
 
     def epsilon_server(self, attempts: int) -> float | None:

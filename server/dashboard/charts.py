@@ -113,7 +113,7 @@ def _lines_option(chart: Chart) -> dict[str, Any]:
     axis = (
         {"type": "category", "data": list(chart.categories)}
         if chart.categories
-        else {"type": "value", "min": "dataMin"}
+        else {"type": "value", "min": "dataMin", "max": "dataMax"}
     )
     return {
         "xAxis": axis | {"name": chart.x},
@@ -140,7 +140,7 @@ def _band(line: Line, colour: str) -> list[dict[str, Any]]:
 
 
 def _heat_option(heat: Heat) -> dict[str, Any]:
-    names = [f"{low:.2g} up" for low in heat.bounds[:-1]]
+    names = [f"{float(f'{low:.2g}'):g} up" for low in heat.bounds[:-1]]
     return {
         "xAxis": {"type": "category", "data": [int(x) for x in heat.x], "name": "round"},
         "yAxis": {"type": "category", "data": names, "name": heat.unit},

@@ -55,7 +55,7 @@ def _epsilon(course: Course, spending: Spending) -> Panel:
         return Missing("epsilon", title, "No noise is added: there is no ε.")
     if spending.problem:
         return Missing("epsilon", title, spending.problem)
-    if len(spending.curve) < 2:
+    if not spending.curve:
         return Missing("epsilon", title, "Being computed…")
     points = sorted(spending.curve.items())
     lines: list[Line] = []

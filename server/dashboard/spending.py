@@ -1,6 +1,7 @@
-"""ε so far and ahead, computed in a thread of its own: one value takes up to a second of PRV accounting."""
+"""ε so far and ahead, computed in a thread of its own: PRV accounting takes a second to begin with."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -9,7 +10,7 @@ from common.privacy import NOT_OFFERED
 from server.dashboard.course import FOREIGN, Course
 
 _POINTS = 12
-"""Of the curve."""
+"""Of the curve; more of them where it bends."""
 _PAUSE_SECONDS = 5.0
 """Between two computations for a run that goes on, at least: the machine is the run's."""
 _SHARE = 0.005
@@ -25,7 +26,8 @@ class Spending:
 
     Attributes:
         spent: ``{"releases", "epsilon_model", "epsilon_server"}`` of a past moment; None until the first one is there.
-        curve: releases → (ε_model, ε_server), for as many attempts; ε_server is a word where it is not offered.
+        curve: releases → (ε_model, ε_server), for as many attempts; ε_server is a word where it is not offered. Empty
+            until all of it is there.
         problem: why there are none and will be none; empty as long as nothing went wrong.
     """
 
@@ -34,7 +36,7 @@ class Spending:
         self.curve: dict[int, tuple[float, float | str]] = {}
         self.problem = ""
         self._due: Future[None] | None = None
-        self._next = self._cost = 0.0
+        self._next = 0.0
 
     def update(self, course: Course, ahead: bool = True) -> None:
         """Take the figures of a run that has ended from its report, and have the others computed.
@@ -48,26 +50,25 @@ class Spending:
         final = course.report.get("privacy", {})
         if {"epsilon_model", "epsilon_server", "releases"} <= set(final):
             self._spent(final["releases"], final["epsilon_model"], final["epsilon_server"])
-        missing, now = self._missing(course) if ahead else [], time.monotonic()
-        busy = self._due is not None and not self._due.done()
+        last = _ends_at(course)
+        wanted = ahead and last not in self.curve
+        points = sorted({round(last * (n / _POINTS) ** 2) for n in range(_POINTS + 1)}) if wanted else []
         behind = self.spent is None or self.spent["releases"] < course.releases
-        if not busy and (missing or behind) and now >= self._next:
-            self._next = now if missing else now + max(_PAUSE_SECONDS, self._cost / _SHARE)
-            self._due = _worker.submit(self._compute, account, course.releases, course.attempts, missing[:1])
+        busy = self._due is not None and not self._due.done()
+        due = time.monotonic() >= self._next or (wanted and not self.curve)
+        if not busy and due and (points or behind):
+            self._due = _worker.submit(self._compute, account, course.releases, course.attempts, points, last)
 
     @property
     def version(self) -> tuple[object, ...]:
         """Differs as soon as a figure does."""
-        return self.spent and self.spent["releases"], len(self.curve), self.problem
+        return self.spent and self.spent["releases"], bool(self.curve), self.problem
 
     def finish(self, course: Course) -> None:
         """The same, and wait until all figures are there."""
         self.update(course)
-        while self._due is not None:
+        if self._due is not None:
             self._due.result()
-            self._due = None
-            if self._missing(course):
-                self.update(course)
 
     def _spent(self, releases: int, model: float, server: float | str) -> None:
         if self.spent is not None:
@@ -75,27 +76,27 @@ class Spending:
             server = server if isinstance(server, str) else max(server, self.spent["epsilon_server"])
         self.spent = {"releases": releases, "epsilon_model": model, "epsilon_server": server}
 
-    def _missing(self, course: Course) -> list[int]:
-        """Points of the curve that are still to be computed; more of them where it bends."""
-        if not course.opened.get("account"):
-            return []
-        last = _ends_at(course)
-        return sorted({round(last * (step / _POINTS) ** 2) for step in range(_POINTS + 1)} - self.curve.keys())
-
-    def _compute(self, fields: dict[str, Any], releases: int, attempts: int, points: list[int]) -> None:
+    def _compute(
+        self, fields: dict[str, Any], releases: int, attempts: int, points: Sequence[int], at_most: int
+    ) -> None:
+        """What is spent, and after it the `points` of the curve."""
         from common.privacy.budget import Account  # brings torch, which takes seconds
 
         start = time.thread_time()
         try:
             account = Account(**fields)
             if self.spent is None or self.spent["releases"] < releases:
-                self._spent(releases, account.epsilon_model(releases), _offered(account.epsilon_server(attempts)))
-            for point in points:
-                figures = (account.epsilon_model(point), _offered(account.epsilon_server(point)))
-                self.curve = self.curve | {point: figures}  # a new one: pages are drawn meanwhile
+                model = account.epsilon_model(releases, at_most)
+                self._spent(releases, model, _offered(account.epsilon_server(attempts)))
+            if points:
+                self.curve = {
+                    point: (account.epsilon_model(point, at_most), _offered(account.epsilon_server(point)))
+                    for point in points
+                }
         except (FedtopkError, MemoryError, *FOREIGN) as error:
             self.problem = f"ε cannot be computed from what the run recorded: {type(error).__name__} {error}."
-        self._cost = time.thread_time() - start
+        cost = (time.thread_time() - start) / (1 + len(points))  # of one figure
+        self._next = time.monotonic() + max(_PAUSE_SECONDS, cost / _SHARE)
 
 
 def _offered(epsilon: float | None) -> float | str:

@@ -144,6 +144,24 @@ def dashboard(
     answer(format, results, lambda: results_table(results))
 
 
+@bench_app.command()
+def pages(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of the run whose page it is.")] = 2000,
+    devices: Annotated[
+        int, typer.Option("--devices", min=100, help="N; a hundredth takes part in a round.")
+    ] = 1_000_000,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Times that it is opened; the median counts.")] = 5,
+    format: FormatOption = "text",
+) -> None:
+    """Measure how soon the page of a long run is there and how promptly it answers (a minute; needs chromium)."""
+    from simulations.bench.pages import bench_pages, results_table
+    from simulations.progress import RoundsBar
+
+    with RoundsBar(runs, "pages", "openings") as bar:
+        results = bench_pages(rounds, devices, runs, bar.update)
+    answer(format, results, lambda: results_table(results))
+
+
 def _words(option: str, text: str, known: Sequence[Any]) -> list[Any]:
     """Known words with commas between them, in the order in which they are known."""
     words = [word.strip() for word in text.split(",")]

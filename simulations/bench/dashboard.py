@@ -7,19 +7,19 @@ the machine falls on all three alike; *null* is closed, too, and what it differs
 own error, by the same statistics.
 """
 
+import json
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -38,9 +38,8 @@ Kind = Literal["open", "closed", "null"]
 BLOCK: tuple[Kind, ...] = ("open", "closed", "null", "null", "closed", "open")
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_QUIET_SECONDS = 4.0
-"""Without work of the dashboard: it has computed what it does once for a run."""
-_SETTLING = 30
+_PATIENCE_SECONDS = 300.0
+"""With a dashboard that computes what it does once for a run, the curve of ε."""
 _SKIPPED = 1
 """Rounds of a stretch that do not count: the viewer is about to come or go."""
 
@@ -81,8 +80,9 @@ class _Meter:
         if place == 0:
             self.told.send("open" if kind == "open" else "closed")
         if place == self.rounds - 1 and not number:
-            self.told.recv()  # the viewer sees the run: only now does the dashboard have anything to compute
-            _settle(self.dashboard)
+            if not self.told.poll(_PATIENCE_SECONDS):
+                raise RunError(f"Expected the dashboard to have the curve of ε within {_PATIENCE_SECONDS:g} s.")
+            self.told.recv()
         if place == _SKIPPED - 1:
             self._begin = self._readings()
         if place == self.rounds - 1 and number:
@@ -116,13 +116,11 @@ def bench_dashboard(
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         out.mkdir()
-        words = [program("fedtopk"), "dashboard", str(out), "--port", "0"]
-        with running(words, {}, subprocess.PIPE) as dashboard, _output_of(dashboard) as output:
-            address = _address(output)
+        with serving(out) as (dashboard, address):
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
             viewer = multiprocessing.get_context("spawn").Process(target=_view, args=(address, theirs), daemon=True)
             viewer.start()
-            meter = _Meter(rounds, dashboard.pid, viewer.pid or 0, ours, on_stretch)
+            meter = _Meter(rounds, dashboard, viewer.pid or 0, ours, on_stretch)
             watch = Watch(lambda sentence: None, meter.on_round, lambda: nullcontext(lambda: False))
             simulate(RunFolder(out), watch, settings=settings, workers=workers)
             ours.send("end")
@@ -182,17 +180,18 @@ def _percent(value: float, interval: list[float]) -> str:
     return f"{100 * value:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
-def _output_of(process: "subprocess.Popen[bytes]") -> IO[bytes]:
-    assert process.stdout is not None
-    return process.stdout
-
-
-def _address(output: IO[bytes]) -> str:
-    line = output.readline().decode()
-    found = re.search(r"http://[^ ]+:\d+", line)
-    if found is None:
-        raise RunError(f"Expected the dashboard to start, and it said: {line.strip()}")
-    return found.group()
+@contextmanager
+def serving(root: Path) -> Iterator[tuple[int, str]]:
+    """A dashboard over `root`, a process of its own: its id, and its address."""
+    words = [program("fedtopk"), "dashboard", str(root), "--port", "0"]
+    with running(words, {}, subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with process.stdout as output:
+            line = output.readline().decode()
+            found = re.search(r"http://[^ ]+:\d+", line)
+            if found is None:
+                raise RunError(f"Expected the dashboard to start, and it said: {line.strip()}")
+            yield process.pid, found.group()
 
 
 def _cpu_seconds(process: int) -> float:
@@ -200,20 +199,10 @@ def _cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def _settle(process: int) -> None:
-    """Wait until the dashboard has computed what it does once for a run, the curve of ε."""
-    readings = [_cpu_seconds(process)]
-    for _ in range(_SETTLING):
-        time.sleep(_QUIET_SECONDS)
-        readings.append(_cpu_seconds(process))
-        if all(after - before < 0.02 * _QUIET_SECONDS for before, after in pairwise(readings[-3:])) and readings[2:]:
-            return
-
-
 def _view(address: str, told: Connection) -> None:
-    """Hold the run's stream open while told so; at the end tell how much came."""
+    """Hold the run's stream open while told so; tell when all is there, and at the end how much came."""
     os.nice(19)
-    messages, size, opened, wanted = 0, 0, 0.0, "closed"
+    messages, size, opened, complete, wanted = 0, 0, 0.0, False, "closed"
     while wanted != "end":
         if wanted == "closed":
             wanted = told.recv()
@@ -222,8 +211,9 @@ def _view(address: str, told: Connection) -> None:
             begun = time.monotonic()
             with httpx.stream("GET", f"{address}/stream/run/run", timeout=30) as response:
                 for line in response.iter_lines():
-                    if not size:
-                        told.send("seen")
+                    if not complete and _has_curve(line):
+                        complete = True
+                        told.send("complete")
                     messages += line.startswith("data:")
                     size += len(line)
                     if told.poll():
@@ -234,3 +224,9 @@ def _view(address: str, told: Connection) -> None:
         except httpx.TransportError:
             time.sleep(0.1)
     told.send({"messages": messages, "bytes": size, "open_s": round(opened, 1)})
+
+
+def _has_curve(line: str) -> bool:
+    """Whether an event of the stream holds the chart of ε, and not what is said in its place."""
+    panels = json.loads(line.removeprefix("data:")).get("panels", {}) if line.startswith("data:") else {}
+    return "option" in panels.get("epsilon", {})

@@ -21,6 +21,7 @@ from common.privacy.accounting import (
     threshold_delta,
 )
 from common.privacy.encoding import Encoding
+from common.privacy.epsilon_curve import epsilon_model_of_many
 
 
 def test_epsilon_model_of_a_known_case_by_both_accountants() -> None:
@@ -53,6 +54,18 @@ def test_where_prv_cannot_an_upper_bound_stands_in(z: float, releases: int, delt
 
 def test_the_stand_in_is_above_what_the_other_accountant_finds() -> None:
     assert 300 > epsilon_model(0.3, 0.1, 300, 1e-5) > epsilon_model_pld(0.3, 0.1, 300, 1e-5) > 200
+
+
+@pytest.mark.parametrize(
+    ("z", "rate", "at_most", "delta"),
+    [(1.5, 0.01, 2000, 1e-6), (0.5, 0.1, 50, 1e-5), (2.0, 1.0, 9, 1e-5), (0.3, 0.1, 300, 1e-5), (3.0, 0.5, 9, 1e-15)],
+)
+def test_epsilon_of_many_is_that_of_each(z: float, rate: float, at_most: int, delta: float) -> None:
+    """Also without sampling, and where the tables for all of them would be too large or wrong."""
+    for releases in (1, at_most):
+        alone = epsilon_model(z, rate, releases, delta)
+        assert epsilon_model_of_many(z, rate, releases, delta, at_most) == pytest.approx(alone, abs=1e-4)
+    assert epsilon_model_of_many(z, rate, 0, delta, at_most) == 0
 
 
 def test_epsilon_model_falls_with_noise_and_grows_with_everything_else() -> None:

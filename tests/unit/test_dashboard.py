@@ -16,13 +16,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from recorded_run import write_run
 
 from common.errors import FedtopkError, RunError, SettingsError
 from server.controls import read_commands
 from server.dashboard.access import Access
 from server.dashboard.app import Dashboard
-from server.dashboard.charts import POINTS, Heat, Line, option, thinned, thinned_heat
+from server.dashboard.charts import COLUMNS, POINTS, Heat, Line, option, thinned, thinned_heat
 from server.dashboard.course import Course, read_course, update
 from server.dashboard.feed import Feed, Parts
 from server.dashboard.folders import find_runs
@@ -36,6 +35,7 @@ from server.events import Events
 from server.run_folder import RunFolder
 from server.run_lock import is_running
 from server.store import DATABASE, open_store, open_store_read_only
+from simulations.bench.recorded_run import write_run
 
 TOKEN = "a token of some length"
 ORIGIN = "http://127.0.0.1"
@@ -188,8 +188,11 @@ def test_thinned_lines_keep_means_and_ends() -> None:
 
 def test_a_long_run_is_sent_in_little(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 2000)
-    text = json.dumps(parts_of(tmp_path / "run"))
-    assert len(text) < 400_000
+    parts = parts_of(tmp_path / "run")
+    assert len(json.dumps(parts)) < 400_000
+    for panel in parts["panels"].values():
+        for series in panel.get("option", {}).get("series", ()):
+            assert len(series["data"]) <= (COLUMNS if series["type"] == "heatmap" else POINTS)
 
 
 def test_no_torch_for_looking() -> None:

@@ -72,7 +72,7 @@ function place(id, panel) {
   if (!panel.option) return;
   const known = shown.get(canvas) ?? {};
   shown.set(canvas, { ...known, option: panel.option });
-  if (known.visible) draw(canvas);
+  if (known.visible) queue(canvas);
 }
 
 // Charts that nobody sees are not drawn.
@@ -80,15 +80,29 @@ const watcher = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     const known = shown.get(target) ?? {};
     shown.set(target, { ...known, visible: isIntersecting });
-    if (isIntersecting && known.option) draw(target);
+    if (isIntersecting && known.option) queue(target);
   }
 }, { rootMargin: "150px" });
+
+// One chart a frame: between two of them the page answers.
+const waiting = new Set();
+function queue(canvas) {
+  if (!waiting.size) requestAnimationFrame(drawNext);
+  waiting.add(canvas);
+}
+
+function drawNext() {
+  const [canvas] = waiting;
+  if (shown.get(canvas).visible) draw(canvas);
+  waiting.delete(canvas);
+  if (waiting.size) requestAnimationFrame(drawNext);
+}
 
 function draw(canvas) {
   const known = shown.get(canvas);
   if (!canvas.clientWidth) return;
   known.chart ??= echarts.init(canvas);
-  known.chart.resize();
+  if (known.chart.getWidth() !== canvas.clientWidth) known.chart.resize();
   known.chart.setOption(dressed(known.option, canvas.clientWidth), { replaceMerge: ["series"] });
 }
 
@@ -108,12 +122,12 @@ function dressed(option, width) {
     tooltip: { trigger: heat ? "item" : "axis", renderMode: "richText", backgroundColor: card, borderColor: line, textStyle: { color: ink, fontSize: 12 } },
     ...(heat
       ? { visualMap: { ...option.visualMap, calculable: false, orient: "vertical", right: 0, top: "center", itemHeight: 110, itemWidth: 10,
-          text: [`${Number(option.visualMap.max).toPrecision(2)} %`, "0 %"],
+          text: [`${Number(option.visualMap.max.toPrecision(2))} %`, "0 %"],
           inRange: { color: dark.matches ? [...viridis].reverse() : viridis }, textStyle: { color: quiet } } }
       : { legend: { ...option.legend, type: legend > 3 ? "scroll" : "plain", itemWidth: 14, itemGap: 8, show: legend > 0, top: 0, textStyle: { color: ink, fontSize: 11 } } }),
     xAxis: axis({ ...option.xAxis, nameLocation: "middle", nameGap: 26, axisLabel: { color: quiet, hideOverlap: true } }),
     yAxis: axis({ ...option.yAxis, name: "", axisLabel: { color: quiet, hideOverlap: true, interval: heat ? 3 : undefined } }),
-    series: heat ? option.series.map((series) => ({ ...series, data: cells(series.data) })) : option.series,
+    series: heat ? option.series.map((series) => ({ ...series, data: cells(series.data), progressive: 300, progressiveThreshold: 300, emphasis: { disabled: true } })) : option.series,
   };
 }
 
@@ -133,7 +147,7 @@ function cells(columns) {
 }
 
 function redraw() {
-  for (const [canvas, { chart, visible }] of shown) if (chart && visible) draw(canvas);
+  for (const [canvas, { chart, visible }] of shown) if (chart && visible) queue(canvas);
 }
 dark.addEventListener("change", redraw);
 addEventListener("resize", redraw);

@@ -1,4 +1,4 @@
-"""Run folders as of long runs, written without running them."""
+"""Run folders as of long runs, written without running them, to measure and to test what reads them."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,8 @@ from sqlalchemy import insert
 
 from common.settings import load_settings
 from server.events import append
-from server.ledger import ledger_table
 from server.run_folder import RunFolder
+from server.store import ledger_table
 
 ACCOUNT = {"multiplier": 1.5, "honest": 0.8, "rate": 0.01, "delta": 1e-6, "spendable": 9.9e-7}
 BOUNDS = {
@@ -47,12 +47,12 @@ def write_run(
     if kind != "secure":
         record("simulated", None, bounds=BOUNDS)
     drawn = devices // 100
-    for round_ in range(1, rounds + 1):
-        slow = math.exp(-round_ / rounds)
+    for number in range(1, rounds + 1):
+        slow = math.exp(-number / rounds)
         for stage in ("share", "upload", "agree", "unmask") if kind == "secure" else ():
             record(
                 "stage",
-                round_,
+                number,
                 attempt=1,
                 stage=stage,
                 asked=drawn,
@@ -62,12 +62,12 @@ def write_run(
                 bytes_down=10**7,
             )
         clip = {"clip": slow, "share_within": 1 - slow} if quantile else {}
-        record("round", round_, attempt=1, members=drawn, survivors=drawn - 3, dropouts=3, seconds=2 + slow, **clip)
+        record("round", number, attempt=1, members=drawn, survivors=drawn - 3, dropouts=3, seconds=2 + slow, **clip)
         if kind != "secure":
             histograms = {name: [slow] * (len(bounds) - 1) for name, bounds in BOUNDS.items()}
             record(
                 "simulation",
-                round_,
+                number,
                 policy_loss=slow,
                 behaviour_loss=8 * slow,
                 critic_loss=slow,
