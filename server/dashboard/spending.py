@@ -11,6 +11,8 @@ from server.dashboard.course import FOREIGN, Course
 
 _POINTS = 12
 """Of the curve; more of them where it bends."""
+_HOLD_SECONDS = 2.0
+"""After the first look at a run: the page comes before what has torch imported."""
 _PAUSE_SECONDS = 5.0
 """Between two computations for a run that goes on, at least: the machine is the run's."""
 _SHARE = 0.005
@@ -36,7 +38,7 @@ class Spending:
         self.curve: dict[int, tuple[float, float | str]] = {}
         self.problem = ""
         self._due: Future[None] | None = None
-        self._next = 0.0
+        self._first = self._next = time.monotonic() + _HOLD_SECONDS
 
     def update(self, course: Course, ahead: bool = True) -> None:
         """Take the figures of a run that has ended from its report, and have the others computed.
@@ -55,7 +57,7 @@ class Spending:
         points = sorted({round(last * (n / _POINTS) ** 2) for n in range(_POINTS + 1)}) if wanted else []
         behind = self.spent is None or self.spent["releases"] < course.releases
         busy = self._due is not None and not self._due.done()
-        due = time.monotonic() >= self._next or (wanted and not self.curve)
+        due = time.monotonic() >= (self._first if wanted and not self.curve else self._next)
         if not busy and due and (points or behind):
             self._due = _worker.submit(self._compute, account, course.releases, course.attempts, points, last)
 
@@ -66,6 +68,7 @@ class Spending:
 
     def finish(self, course: Course) -> None:
         """The same, and wait until all figures are there."""
+        self._first = self._next = 0.0
         self.update(course)
         if self._due is not None:
             self._due.result()
