@@ -44,7 +44,8 @@ class Trial:
     """
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
-        self.settings = demo_settings(DEVICES, None, [f"{key}={value}" for key, value in SETTINGS.items()])
+        changes = SETTINGS | {"training.start": "random"}  # so that all rounds are alike
+        self.settings = demo_settings(DEVICES, None, [f"{key}={value}" for key, value in changes.items()])
         self.site = set_up(home, self.settings, load_split(self.settings).train)
         self.authority = Authority(home / "authority")
         self.stores = [stack.enter_context(opened(home / "devices" / str(number))) for number in range(DEVICES)]
