@@ -38,7 +38,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         f"ε_model: one {privacy['unit']}, {privacy['adjacency']['epsilon_model']}; δ={privacy['delta']:.2g}"
     )
     axes.set_title(f"{setup['users']:,} devices, {setup['items']:,} items; 95 % intervals over {summary['interval']}")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=130)
 
