@@ -3,7 +3,7 @@
 The floor is the time of the matrix products alone at the speed of one large product on the same core. What is above it:
 products of small matrices are slower than large ones, exponentials, copies and gathers cost what they cost, and the
 rest is Python's and PyTorch's work around each operation. Products of the compiled loops (:mod:`common.kernels`) count
-among the products, their other work by itself.
+among the products, their other work by itself; the compiled scans are a part of their own, products and the rest.
 """
 
 import time
@@ -100,6 +100,14 @@ def _watched_loops() -> Iterator[list[tuple[str, float, int]]]:
                 seen.append(("products", microseconds, 2 * users * steps * outputs * width))
             case "gram", (int(users), int(steps), int(width), *_):
                 seen.append(("products", microseconds, users * steps * (steps + 1) * width))
+            case "gru_scan", (int(steps), int(devices), int(n), int(row), *_):
+                seen.append(("scans", microseconds, 2 * steps * devices * 3 * n * row))
+            case "gru_scan_back", (int(steps), int(devices), int(n), int(row), *_):
+                seen.append(("scans", microseconds, 2 * steps * devices * 3 * n * (row - 1)))
+            case "cfn_scan", (int(steps), int(devices), int(n), int(row), *_):
+                seen.append(("scans", microseconds, 2 * steps * devices * n * (2 * row + row - n - 1)))
+            case "cfn_scan_back", (int(steps), int(devices), int(n), int(x), *_):
+                seen.append(("scans", microseconds, 2 * steps * devices * n * (2 * (n + x) + x)))
             case _:
                 seen.append(("compiled loops", microseconds, 0))
         return result

@@ -9,11 +9,13 @@ import pytest
 import torch
 from running import fedtopk
 
+from common import kernels
 from common.errors import AggregationError, SettingsError
 from common.model import flatten
 from simulations.batched_cohort import BatchedCohort
 from simulations.bench.engine import FLOWER_NODES, compared, grown
 from simulations.bench.engine_loops import batched_sum, clipped_gradient, expect_equal
+from simulations.bench.engine_profile import profile_engine
 from simulations.bench.engine_workloads import Name, Softmax, Workload
 
 TINY = Workload("reference", "sampled", devices=30, cohort=12, items=60, steps=9)
@@ -64,6 +66,15 @@ def test_a_profile_counts_the_arithmetic_and_all_of_the_time() -> None:
     assert 2 * (heads + cell) / 1e6 < row["megaflops"] < 2 * (heads + grams + 5 * cell) / 1e6
     assert row["ratio"] == pytest.approx(row["microseconds"] / row["floor_microseconds"], rel=0.05)
     assert sum(row["parts"].values()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.skipif(not kernels.available, reason="no C compiler was there when fedtopk was installed")
+@pytest.mark.parametrize("name", ["reference", "full"])
+def test_a_profile_counts_the_same_arithmetic_of_compiled_loops(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload(name, "sampled", devices=60, cohort=40, items=200, steps=10)
+    compiled = profile_engine(workload)["megaflops"]
+    monkeypatch.setattr(kernels, "_library", None)
+    assert compiled == pytest.approx(profile_engine(workload)["megaflops"], rel=0.03)  # halves of few Gram matrices
 
 
 def test_ours_and_the_plain_loop() -> None:
