@@ -14,7 +14,7 @@ from common.errors import ProtocolError
 from common.item_slice import ItemSlice, slice_of
 from common.item_tables import formed
 from common.model import HEADS, Parameters, check_parameters, dimension_of, items_in, shapes
-from common.popularity import histogram_blocks
+from common.popularity import histogram_length
 from common.privacy.adaptive_clip import clip_of, sent
 from common.privacy.encoding import Encoding
 from common.privacy.randomness import Stream, seeded_stream, system_stream
@@ -70,7 +70,7 @@ class Offer:
     def length(self) -> int:
         """How many numbers each member sends."""
         if self.counting:
-            return histogram_blocks(self.settings) * items_in(self.parameters)
+            return histogram_length(self.settings, items_in(self.parameters))
         return sent(self.settings.privacy, self.dimension)[0]
 
     @property

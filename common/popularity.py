@@ -22,6 +22,11 @@ CONCENTRATION = 5
 be as long as the cohort, and its rotation has coordinates like a Gaussian's, of which one in a million is above 5."""
 
 
+def histogram_length(settings: Settings, items: int) -> int:
+    """How many numbers a member sends in the first round, of A `items`; 0 where that round does not count."""
+    return histogram_blocks(settings) * items if settings.counting(1) else 0
+
+
 def histogram_blocks(settings: Settings) -> int:
     """How many numbers a member sends of each item: its count, and with a critic the sum of its rewards."""
     return 2 if "critic" in settings.heads else 1

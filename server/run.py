@@ -11,7 +11,7 @@ from torch import Tensor
 from common.errors import RunError
 from common.item_slice import cut, slice_of
 from common.model import dimension_of, initialise
-from common.popularity import histogram_blocks
+from common.popularity import histogram_length
 from common.privacy.budget import make_budget
 from common.privacy.tree import CorrelatedNoise, Tree
 from common.settings import Settings
@@ -56,8 +56,8 @@ def open_training(
     dimension = dimension_of(settings, cut(parameters, slice_of(settings, items, 1)))
     others = population.others(events.origin) if population else None
     begun_with = begun.fields["noise_multiplier"] if begun else None
-    histogram = histogram_blocks(settings) * items if settings.counting(1) else 0
-    budget = make_budget(settings, cohort.devices, dimension, others, begun_with, histogram)
+    length = histogram_length(settings, items)
+    budget = make_budget(settings, cohort.devices, dimension, others, begun_with, length)
     if begun is None:
         events.record(MECHANISM, **budget.mechanism(), population=population.origin if population else "")
     elif budget.tree is not None and begun.fields["tree"] != json.loads(json.dumps(budget.mechanism()["tree"])):

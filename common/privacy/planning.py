@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import PrivacyError, SettingsError
-from common.popularity import histogram_blocks
+from common.popularity import histogram_length
 from common.privacy.accounting import default_delta, epsilon_model_pld, rough_multiplier
 from common.privacy.budget import Budget, make_budget
 from common.privacy.tree import best_band, coefficients, error_of_total, participations
@@ -118,8 +118,7 @@ def planned_budget(
     settings = load_settings(config, [*overrides, *own])
     if not settings.private:
         raise PrivacyError("Expected privacy.mechanism=none to be a mechanism with noise: nothing else has a budget.")
-    histogram = histogram_blocks(settings) * settings.data.items if settings.counting(1) else 0
-    return make_budget(settings, users, parameters, histogram=histogram)
+    return make_budget(settings, users, parameters, histogram=histogram_length(settings, settings.data.items))
 
 
 def make_plan(
