@@ -24,7 +24,7 @@ from common.candidates import Candidates
 from common.ghost import Gradient
 from common.item_slice import ItemSlice
 from common.item_tables import by_parts, formed
-from common.model import Parameters, group_of, items_in, trained
+from common.model import Parameters, group_of, trained
 from common.offer import Offer
 from common.recurrence import Recurrence
 from common.settings import GroupScale, Settings
@@ -60,7 +60,7 @@ def update_of(offer: Offer, windows: Trajectories, users: Tensor) -> LocalUpdate
     of all that they have, which leaves the embeddings as they are."""
     settings = offer.settings
     if offer.counting:
-        return LocalUpdate(histograms_of(settings, windows, items_in(offer.parameters), offer.clip), users, {})
+        return LocalUpdate(histograms_of(settings, windows, offer.items, offer.clip), users, {})
     return compute_update(settings, offer.parameters, windows, users, offer.candidates, offer.warm, offer.item_slice)
 
 

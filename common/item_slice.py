@@ -4,7 +4,8 @@ With `objective.slice_items` = S a round's model holds S rows of each head in pl
 device downloads, computes and uploads does not depend on the catalogue. A slice is public, the same for all devices,
 and a function of the run's seed and the round alone. The update is dense inside of it, so that nothing shows whose
 items are there. Steps whose item is outside of the slice count for nothing in a round's losses; they still move the
-recurrent state, whose input table is hashed (:func:`common.model.input_rows`).
+recurrent state, whose input table is hashed (:func:`common.model.input_rows`). A first round that counts
+(:mod:`common.popularity`) counts all items: that upload alone has a number or two for each of the catalogue.
 
 Items take turns: ⌊A/S⌋ rounds cut one random permutation of the catalogue into pieces. Each slice is a uniformly random
 set of S items, and no item comes twice in those rounds.
@@ -32,13 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.item_tables import FACTORS
+from common.item_tables import FACTORS, START
 from common.model import HEADS, Parameters
 from common.privacy.randomness import seeded_stream
 from common.secagg.identity import digest
 from common.settings import Settings
 
-_SLICED = frozenset(name for table in HEADS.values() for name in (table, f"{table}.{FACTORS}"))
+_SLICED = frozenset(name for table in HEADS.values() for name in (table, f"{table}.{FACTORS}", f"{START}{table}"))
 
 
 @dataclass(frozen=True)

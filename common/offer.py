@@ -62,6 +62,11 @@ class Offer:
         return self.settings.privacy.clip_quantile > 0 and not self.counting
 
     @property
+    def items(self) -> int:
+        """A, the size of the catalogue: in a round on a slice, more than the model has rows for."""
+        return items_in(self.parameters) if self.item_slice is None else self.item_slice.items
+
+    @property
     def dimension(self) -> int:
         """d, how many of the parameters are trained: the length of a gradient."""
         return dimension_of(self.settings, self.parameters)
@@ -70,7 +75,7 @@ class Offer:
     def length(self) -> int:
         """How many numbers each member sends."""
         if self.counting:
-            return histogram_length(self.settings, items_in(self.parameters))
+            return histogram_length(self.settings, self.items)
         return sent(self.settings.privacy, self.dimension)[0]
 
     @property

@@ -412,12 +412,6 @@ class Settings(_Section):
                     )
         if self.objective.slice_items == 1:
             raise ValueError("Expected objective.slice_items=1 to be 0 or at least 2: a choice needs another item.")
-        if self.objective.slice_items and self.training.start == "popularity":
-            raise ValueError(
-                f"Expected training.start=popularity to be random with objective.slice_items="
-                f"{self.objective.slice_items}: a histogram has a number for each item of the catalogue, and a device "
-                "of such a run uploads numbers of a slice alone."
-            )
         if self.objective.slice_items and self.model.items == "features":
             raise ValueError(
                 f"Expected objective.slice_items={self.objective.slice_items} to be 0 with model.items=features: what "

@@ -15,7 +15,8 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from client.histogram import histograms_of
-from common.errors import ProtocolError, SettingsError
+from common.errors import ProtocolError
+from common.item_slice import cut, slice_of
 from common.item_tables import formed
 from common.model import initialise
 from common.offer import Offer, read_offer
@@ -182,19 +183,34 @@ def test_engines_and_central_training_count_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(value, pooled[name], rtol=1e-5, atol=1e-6)
 
 
-def test_slices_are_refused() -> None:
-    """Correlated noise, too: ``test_tree.py::test_what_does_not_go_with_turns_is_refused``."""
-    with pytest.raises(
-        SettingsError, match=r"random with objective\.slice_items=20: a histogram has a number for each"
-    ):
-        settings_of("objective.slice_items=20", "model.input_rows=20")
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_run_on_slices_counts_all_items(tmp_path: Path, plain: bool) -> None:
+    kind = "plain" if plain else "central"
+    own = [*TINY, *CRITIC, "training.cohort_rate=1", "privacy.mechanism=none", "model.input_rows=13"]
+    own += [f"aggregation.kind={kind}", "training.rounds=1"]
+    whole = trained(tmp_path / "whole", settings_of(*own), plain)
+    sliced = trained(tmp_path / "sliced", settings_of(*own, "objective.slice_items=4"), plain)
+    for name, value in whole.items():
+        torch.testing.assert_close(sliced[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("round_", [1, 2])
-def test_a_device_counts_in_the_first_round_and_in_no_other(round_: int) -> None:
-    """Whatever length the server asks for: of a gradient in the first round, or of a histogram in a later one."""
-    settings = settings_of(*TINY)
+def test_biases_of_a_slice_are_those_of_its_items() -> None:
+    settings = settings_of(*TINY, "objective.slice_items=3", "model.input_rows=5")
     parameters = initialise(settings, ITEMS, torch.Generator().manual_seed(1))
+    parameters["start.policy.embedding"] = torch.arange(ITEMS).float().unsqueeze(1)
+    item_slice = slice_of(settings, ITEMS, 2)
+    assert item_slice is not None
+    found = formed(cut(parameters, item_slice))["policy.embedding"]
+    torch.testing.assert_close(found, formed(parameters)["policy.embedding"][item_slice.ids])
+
+
+@pytest.mark.parametrize("slices", [[], ["objective.slice_items=3", "model.input_rows=5"]])
+@pytest.mark.parametrize("round_", [1, 2])
+def test_a_device_counts_in_the_first_round_and_in_no_other(round_: int, slices: list[str]) -> None:
+    """Whatever length the server asks for: of a gradient in the first round, or of a histogram in a later one."""
+    settings = settings_of(*TINY, *slices)
+    whole = initialise(settings, ITEMS, torch.Generator().manual_seed(1))
+    parameters = cut(whole, slice_of(settings, ITEMS, round_))
     encoding = Encoding.choose(1, 1.0, 1.0, 5, 0.8)
     lengths = {1: ITEMS, 2: Offer(2, 1, parameters, encoding, settings).dimension}
 
