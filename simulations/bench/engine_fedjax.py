@@ -1,8 +1,8 @@
 """FedJAX on the same work: its `for_each_client`, compiled by XLA, one client after the other.
 
 Federated averaging with a learning rate of 1 on a device; the clients' updates are clipped, and added up, by FedJAX.
-The GRU and the softmax are written again in JAX. FedJAX's own way to several devices, `pmap`, needs what newer versions
-of JAX do not have: here independent processes compute, each all rounds, without PyTorch, whose memory and start
+The GRU and the softmax are written again in JAX. FedJAX's own way to several devices, `pmap`, fails with JAX 0.10
+(`jax.device_put_replicated` is gone): here independent processes compute, each all rounds, without PyTorch, whose memory and start
 would count otherwise.
 
 Not installed with fedtopk; the README says how.
