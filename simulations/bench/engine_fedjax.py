@@ -2,8 +2,8 @@
 
 Federated averaging with a learning rate of 1 on a device; the clients' updates are clipped, and added up, by FedJAX.
 The GRU and the softmax are written again in JAX. FedJAX's own way to several devices, `pmap`, fails with JAX 0.10
-(`jax.device_put_replicated` is gone): here independent processes compute, each all rounds, without PyTorch, whose memory and start
-would count otherwise.
+(`jax.device_put_replicated` is gone): here independent processes each play rounds of their own. They are without
+PyTorch, whose memory and start would count otherwise.
 
 Not installed with fedtopk; the README says how.
 """
