@@ -7,19 +7,24 @@ import signal
 from contextlib import suppress
 from threading import Thread
 
-import torch
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_THRESHOLD = 32 << 20
 
 
 def start_worker() -> None:
-    """To be called first in a worker: one torch thread, Ctrl-C left to the main process, and no life after it.
+    """To be called first in a worker: one torch thread, and what :func:`start_bare_worker` does."""
+    import torch  # not above: a bare worker has none
+
+    torch.set_num_threads(1)
+    start_bare_worker()
+
+
+def start_bare_worker() -> None:
+    """To be called first in a worker without PyTorch: Ctrl-C left to the main process, and no life after it.
 
     A worker whose main process was killed would wait for work for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     keep_freed_memory()
     Thread(target=_end_with_parent, daemon=True).start()
 

@@ -87,7 +87,9 @@ def engine(
         str,
         typer.Option("--softmax", help="full, sampled, or both, which is the default; of the full workload: sampled."),
     ] = "",
-    engines: Annotated[str, typer.Option("--engines", help="Which of the three.")] = "fedtopk,plain,flower",
+    engines: Annotated[
+        str, typer.Option("--engines", help="Which; the last two where they are installed.")
+    ] = "fedtopk,plain,flower,pfl,fedjax",
     devices: Annotated[int, typer.Option("--devices", min=1, help="N, devices that there are.")] = 10_000,
     cohort: Annotated[int, typer.Option("--cohort", min=1, help="Devices of a round; of Flower's at most 200.")] = 2000,
     items: Annotated[int, typer.Option("--items", min=2, help="A, size of the catalogue.")] = 5000,
@@ -101,7 +103,7 @@ def engine(
     quick: Annotated[bool, typer.Option("--quick", help="At most 40 of 60 devices, 200 items, 10 steps.")] = False,
     format: FormatOption = "text",
 ) -> None:
-    """Measure device updates per second, beside Flower's simulation and a plain loop (minutes, on an idle machine)."""
+    """Measure device updates per second, beside other simulations and a plain loop (minutes, on an idle machine)."""
     from simulations.bench.engine import Engine, bench_engine, compared, grown, results_table
     from simulations.bench.engine_profile import profile_table, profiled
     from simulations.bench.engine_workloads import Softmax, Workload

@@ -5,30 +5,37 @@
             which the others leave out
 `plain`     device after device in PyTorch: forward, backward, clip, add; in one process, and in as many as ours
 `flower`    Flower's simulation on Ray, one actor a process of ours, whose clients run the plain loop; 200 nodes
+`pfl`       pfl-research's simulated backend, in as many processes as ours, whose users run the plain loop
+`fedjax`    FedJAX's `for_each_client`, compiled by XLA, in as many independent processes as ours
 ==========  ==========================================================================================================
 
 An engine counts only if its sum is the batched engine's. Each has processes of its own, and a first cohort that does
 not count: starting up ends where it could have begun. The model does not change meanwhile. Other programs on the
 machine count: run it on an idle one (`machine.load`).
 
-pfl-research and FedJAX are not among them: neither is installed with fedtopk.
+The last two are peers, which are not installed with fedtopk and do the workload `reference` only: for one that is not
+there, or does not work, the results say why, and the others stand as they are.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from statistics import median
 from typing import Any, Literal
 
 from rich.table import Table
 
-from simulations.bench.engine_loops import Effort, Measured, measure_batched, measure_plain
+from simulations.bench.engine_loops import measure_batched, measure_plain
 from simulations.bench.engine_workloads import Workload
 from simulations.bench.machine import machine
+from simulations.bench.meter import Effort, Measured
 
-Engine = Literal["fedtopk", "plain", "flower"]
+Engine = Literal["fedtopk", "plain", "flower", "pfl", "fedjax"]
 
+PEERS: dict[Engine, tuple[str, ...]] = {"pfl": ("pfl",), "fedjax": ("fedjax", "jax")}
+"""Engines that are measured where they are installed, and the packages whose versions count."""
 FLOWER_NODES = 200
-_SECONDS: dict[Engine, float] = {"fedtopk": 3.0, "plain": 6.0, "flower": 0.0}
+_SECONDS: dict[Engine, float] = {"fedtopk": 3.0, "plain": 6.0, "flower": 0.0, "pfl": 6.0, "fedjax": 6.0}
 """How long a run lasts at least; a round of Flower's takes long enough."""
 
 _GROWTH: dict[str, Sequence[float]] = {"devices": (0.1, 10), "cohort": (0.025, 0.25, 5), "items": (10,), "steps": (4,)}
@@ -46,7 +53,7 @@ class Job:
     effort: Effort
 
     def row(self) -> dict[str, Any]:
-        """Measure. Raises :class:`AggregationError` where an engine fails or has another sum."""
+        """Measure. Raises :class:`AggregationError` where an engine fails or has another sum; a peer may raise more."""
         measured, workload = self._measure(), self.workload
         middle = median(measured.runs)
         return {
@@ -71,9 +78,17 @@ class Job:
             return measure_batched(self.workload, self.effort)
         if self.engine == "plain":
             return measure_plain(self.workload, self.effort)
-        from simulations.bench.engine_flower import measure_flower
+        if self.engine == "flower":
+            from simulations.bench.engine_flower import measure_flower
 
-        return measure_flower(self.workload, self.effort)
+            return measure_flower(self.workload, self.effort)
+        if self.engine == "pfl":
+            from simulations.bench.engine_pfl import measure_pfl
+
+            return measure_pfl(self.workload, self.effort)
+        from simulations.bench.engine_fedjax import measure_fedjax
+
+        return measure_fedjax(self.workload, self.effort)
 
 
 def compared(
@@ -105,25 +120,53 @@ def grown(workload: Workload, workers: int, runs: int, *, quick: bool = False) -
 def bench_engine(
     comparison: Sequence[Job], growth: Sequence[Job], on_step: Callable[[int, str], None]
 ) -> dict[str, Any]:
-    """``{"machine", "workload", "rows", "ratios", "growth"}``; `on_step` is called before each job, with how many are
-    done and the engine's name, and at the end.
+    """``{"machine", "workload", "rows", "absent", "ratios", "growth"}``; `absent`: by peer, why it has no row.
+
+    Args:
+        on_step: called before each job, with how many are done and the engine's name, and at the end.
 
     Raises:
-        AggregationError: an engine that fails or has another sum.
+        AggregationError: an engine fails or has another sum, and is no peer.
     """
-    where, jobs = machine("torch", "numpy", "flwr", "ray"), [*comparison, *growth]
-    rows = []
+    jobs, asked = [*comparison, *growth], {job.engine for job in comparison}
+    packages = [name for peer, names in PEERS.items() if peer in asked for name in names if installed(name)]
+    where, found = machine("torch", "numpy", "flwr", "ray", *packages), []
     for done, job in enumerate(jobs):
         on_step(done, job.engine)
-        rows.append(job.row())
+        found.append(_row_or_reason(job))
     on_step(len(jobs), "")
+    rows = [row for row in found[: len(comparison)] if isinstance(row, dict)]
     return {
         "machine": where,
         "workload": jobs[0].workload.name,
-        "rows": rows[: len(comparison)],
-        "ratios": _ratios(rows[: len(comparison)]),
-        "growth": rows[len(comparison) :],
+        "rows": rows,
+        "absent": {job.engine: why for job, why in zip(jobs, found, strict=True) if isinstance(why, str)},
+        "ratios": _ratios(rows),
+        "growth": found[len(comparison) :],
     }
+
+
+def _row_or_reason(job: Job) -> dict[str, Any] | str:
+    """The row, or why a peer has none."""
+    if job.engine not in PEERS:
+        return job.row()
+    if not installed(job.engine):
+        return "not installed"
+    if job.workload.name != "reference":
+        return "does the workload reference only"
+    try:
+        return job.row()
+    except Exception as error:  # whatever comes of packages that were made for other versions of each other
+        return f"{type(error).__name__}: {error}"
+
+
+def installed(package: str) -> bool:
+    """Asked without importing it."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -166,5 +209,8 @@ def results_table(results: dict[str, Any]) -> Table:
     for part in ("rows", "growth"):
         for row in results[part]:
             table.add_row(*(str(row[name]) for name in columns))
+        if part == "rows":
+            for peer, why in results["absent"].items():
+                table.add_row(peer, why)
         table.add_section()
     return table

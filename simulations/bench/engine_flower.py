@@ -27,8 +27,9 @@ from flwr.serverapp import Grid, ServerApp
 from common.errors import AggregationError
 from common.offer import Offer
 from common.processes import program, running
-from simulations.bench.engine_loops import Effort, Measured, batched_sum, clipped_gradient, expect_equal, peak_rss_mib
+from simulations.bench.engine_loops import batched_sum, clipped_gradient, expect_equal
 from simulations.bench.engine_workloads import Workload
+from simulations.bench.meter import Effort, Measured, peak_rss_mib
 from simulations.population import Population
 
 _HOME = "FLWR_HOME"

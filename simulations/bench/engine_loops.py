@@ -5,11 +5,10 @@ Both are in processes that were started for them, so that memory and the time to
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -23,42 +22,13 @@ from common.offer import Offer
 from common.trajectory import Trajectories
 from simulations.batched_cohort import BatchedCohort
 from simulations.bench.engine_workloads import Workload
+from simulations.bench.meter import Effort, Measured, peak_rss_mib, rate
 from simulations.processes import start_worker
 
 CHECKED = 8
 """Devices whose sum a plain loop computes first: for the check, and to get warm."""
 
 _TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured.
-
-    Attributes:
-        workers: processes.
-        runs: measurements.
-        seconds: how long one lasts at least.
-    """
-
-    workers: int
-    runs: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one engine did.
-
-    Attributes:
-        runs: device updates per second of each run.
-        startup_s: seconds from its start until it is ready for a first cohort that costs what the later ones do.
-        peak_rss_mib: each of its processes' most resident memory, summed; pages that they share count in each.
-    """
-
-    runs: list[float]
-    startup_s: float
-    peak_rss_mib: float
 
 
 def measure_batched(workload: Workload, effort: Effort) -> Measured:
@@ -69,26 +39,48 @@ def measure_batched(workload: Workload, effort: Effort) -> Measured:
 
 
 def measure_plain(workload: Workload, effort: Effort) -> Measured:
-    """The plain loop in so many independent processes, over as many devices as there is time for.
+    """The plain loop, over as many devices as there is time for.
 
     A cohort's one release, rounding and noise, is left out.
 
     Raises:
         AggregationError: its sum is not the batched engine's.
     """
-    begin, checked = time.monotonic(), workload.limited(CHECKED)
+    checked = workload.limited(CHECKED)
+    return measure_apart("plain loop", checked, effort, partial(_start_plain, workload, checked.devices), _run_plain)
+
+
+def measure_apart(
+    engine: str,
+    checked: Workload,
+    effort: Effort,
+    start: Callable[[], np.ndarray],
+    run: Callable[[float], float],
+    initializer: Callable[[], None] = start_worker,
+) -> Measured:
+    """What independent processes do together.
+
+    Args:
+        checked: whose sum each process's start is to return.
+        run: devices per second of a process for at least so many seconds.
+        initializer: of a process.
+
+    Raises:
+        AggregationError: a sum is not the batched engine's.
+    """
+    begin = time.monotonic()
     with ExitStack() as stack:
-        processes = [stack.enter_context(_process()) for _ in range(effort.workers)]
-        starts = [process.submit(_start_plain, workload, checked.devices) for process in processes]
-        sums = [start.result() for start in starts]
+        processes = [stack.enter_context(_process(initializer)) for _ in range(effort.workers)]
+        starts = [process.submit(start) for process in processes]
+        sums = [each.result() for each in starts]
         startup = time.monotonic() - begin
         rates = []
         for _ in range(effort.runs):
-            shares = [process.submit(_run_plain, effort.seconds) for process in processes]
+            shares = [process.submit(run, effort.seconds) for process in processes]
             rates.append(sum(share.result() for share in shares))
         peak = sum(process.submit(peak_rss_mib).result() for process in processes)
     for total in sums:
-        expect_equal("plain loop", total, batched_sum(checked))
+        expect_equal(engine, total, batched_sum(checked))
     return Measured(rates, startup, peak)
 
 
@@ -126,20 +118,8 @@ def clipped_gradient(
     return {name: value.grad for name, value in model.items() if value.grad is not None}, user
 
 
-def peak_rss_mib(pids: Iterable[int | str] = ("self",)) -> float:
-    """The most memory that each of the processes had resident, summed; those that are gone count 0."""
-    total = 0.0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    return total
-
-
-def _process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
+def _process(initializer: Callable[[], None] = start_worker) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer)
 
 
 def _batched(workload: Workload, effort: Effort, begin: float) -> Measured:
@@ -156,7 +136,7 @@ def _batched(workload: Workload, effort: Effort, begin: float) -> Measured:
 
         warm = play()
         ready = time.monotonic()
-        rates = [_rate(play, effort.seconds) for _ in range(effort.runs)]
+        rates = [rate(play, effort.seconds) for _ in range(effort.runs)]
         workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
         peak = peak_rss_mib(["self", *workers])
     return Measured(rates, ready - begin - warm / median(rates), peak)
@@ -201,14 +181,4 @@ def _start_plain(workload: Workload, devices: int) -> np.ndarray:
 
 
 def _run_plain(seconds: float) -> float:
-    return _rate(_loop.step, seconds)
-
-
-def _rate(step: Callable[[], int], seconds: float) -> float:
-    """Devices per second of steps that each compute some, for so long or once."""
-    devices, begin = 0, time.monotonic()
-    while True:
-        devices += step()
-        elapsed = time.monotonic() - begin
-        if elapsed >= seconds:
-            return devices / elapsed
+    return rate(_loop.step, seconds)

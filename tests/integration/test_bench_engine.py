@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from running import fedtopk
 
 from common import kernels
 from common.errors import AggregationError, SettingsError
 from common.model import flatten
 from simulations.batched_cohort import BatchedCohort
-from simulations.bench.engine import FLOWER_NODES, compared, grown
+from simulations.bench import engine
+from simulations.bench.engine import FLOWER_NODES, Engine, Job, bench_engine, compared, grown, results_table
 from simulations.bench.engine_loops import batched_sum, clipped_gradient, expect_equal
 from simulations.bench.engine_profile import profile_engine
 from simulations.bench.engine_workloads import Name, Softmax, Workload
@@ -42,8 +44,8 @@ def rows_of(*words: str) -> list[dict[str, Any]]:
     done = fedtopk("bench", "engine", "--quick", *words, "--format", "json")
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
-    assert answer.keys() == {"machine", "workload", "rows", "ratios", "growth"}
-    assert answer["growth"] == []
+    assert answer.keys() == {"machine", "workload", "rows", "absent", "ratios", "growth"}
+    assert answer["growth"] == [] and answer["absent"] == {}
     for row in answer["rows"]:
         assert row.keys() == ROW
         assert len(row["runs"]) == 1 and row["updates_per_second"] == row["runs"][0] > 0
@@ -86,6 +88,43 @@ def test_ours_and_the_plain_loop() -> None:
     ]
     sizes = {(row["devices"], row["cohort"], row["items"], row["steps"]) for row in rows}
     assert sizes == {(60, 40, 200, 10)}
+
+
+@pytest.mark.parametrize("peer", ["pfl", "fedjax"])
+def test_a_peer_has_our_sum(peer: Engine) -> None:
+    """With both softmaxes; of two processes pfl adds up the parts, and each of FedJAX's has the sum."""
+    if not engine.installed(peer):  # asked without an import: JAX starts threads, and other tests fork
+        pytest.skip("not installed")
+    for softmax, workers in (("full", "2"), ("sampled", "1")):
+        (row,) = rows_of("--engines", peer, "--softmax", softmax, "--workers", workers)
+        assert (row["engine"], row["softmax"], row["workers"]) == (peer, softmax, int(workers))
+
+
+def test_a_peer_without_a_row_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: Job) -> dict[str, Any]:
+        raise AttributeError(f"module '{job.engine}' has no attribute 'simulate'")
+
+    def found(workload: Workload) -> dict[str, str]:
+        results = bench_engine(compared([workload], ["pfl", "fedjax"], 1, 1), [], lambda done, name: None)
+        assert results["rows"] == [] and results["ratios"] == {}
+        console = Console(width=200)
+        with console.capture() as printed:
+            console.print(results_table(results))
+        absent: dict[str, str] = results["absent"]
+        lines = [line for line in printed.get().splitlines() if "│" in line]
+        assert all(any(peer in line and why in line for line in lines) for peer, why in absent.items())
+        return absent
+
+    monkeypatch.setattr(Job, "row", refuse)
+    monkeypatch.setattr(engine, "installed", lambda package: False)
+    assert found(TINY) == {"pfl": "not installed", "fedjax": "not installed"}
+    monkeypatch.setattr(engine, "installed", lambda package: package == "pfl")
+    monkeypatch.setattr(engine, "machine", lambda *packages: {})  # which would look for pfl's version
+    assert found(replace(TINY, name="full"))["pfl"] == "does the workload reference only"
+    failing = {"pfl": "AttributeError: module 'pfl' has no attribute 'simulate'", "fedjax": "not installed"}
+    assert found(TINY) == failing
+    with pytest.raises(AttributeError):  # of an engine that is no peer
+        bench_engine(compared([TINY], ["fedtopk"], 1, 1), [], lambda done, name: None)
 
 
 def test_flower_with_the_whole_objective() -> None:
@@ -157,7 +196,7 @@ def test_which_rows_there_are() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--engines", "ours"), "Expected --engines=ours to be some of fedtopk, plain, flower"),
+        (("--engines", "ours"), "Expected --engines=ours to be some of fedtopk, plain, flower, pfl, fedjax"),
         (("--softmax", "full,half"), "Expected --softmax=full,half to be some of full, sampled"),
     ],
 )
