@@ -33,7 +33,7 @@ from server.dashboard.feed import Feed, Parts
 from server.dashboard.log import search
 from server.dashboard.openmetrics import CONTENT_TYPE, exposition
 from server.dashboard.runs import Runs
-from server.dashboard.spending import Spending
+from server.dashboard.spending import Apart, Spending
 from server.dashboard.view import SECTIONS, log_lines, run_parts, static_file, templates
 from server.run_folder import RunFolder
 from server.run_lock import is_running
@@ -60,10 +60,13 @@ class Dashboard:
     Args:
         echarts: folder of the chart library's modules.
         host: that it is served on. On loopback it answers under no foreign name, lest one be pointed at this machine.
+        apart: where ε is computed.
     """
 
-    def __init__(self, root: Path, access: Access, echarts: Path, host: str, preview: Preview | None) -> None:
-        self._runs = Runs(root)
+    def __init__(
+        self, root: Path, access: Access, echarts: Path, host: str, preview: Preview | None, apart: Apart
+    ) -> None:
+        self._runs = Runs(root, apart, self._hurry)
         self._access = access
         self._preview = preview
         self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
@@ -188,6 +191,11 @@ class Dashboard:
         no_store = {"cache-control": "no-store"}
         return StreamingResponse(feed.follow(self.closing), media_type="text/event-stream", headers=no_store)
 
+    def _hurry(self, name: str) -> None:
+        """Something is there that those who look at a run wait to see."""
+        if feed := self._feeds.get(f"status {name}"):
+            feed.hurry()
+
     async def _metrics(self, request: Request) -> Response:
         text = await anyio.to_thread.run_sync(lambda: self._runs.show_all(self._runs.names(), exposition))
         return Response(text, media_type=CONTENT_TYPE)
@@ -226,8 +234,7 @@ class Dashboard:
             return JSONResponse({"error": str(error)}, 409)
         except FedtopkError as error:
             return JSONResponse({"error": str(error)}, 422)
-        if feed := self._feeds.get(f"status {name}"):
-            feed.hurry()
+        self._hurry(name)
         return JSONResponse({"command": given}, 202)
 
     def _ask(self, name: str, folder: Path, action: Any, expected: int, origin: str) -> int:

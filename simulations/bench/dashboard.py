@@ -211,7 +211,7 @@ def _view(address: str, told: Connection) -> None:
             begun = time.monotonic()
             with httpx.stream("GET", f"{address}/stream/run/run", timeout=30) as response:
                 for line in response.iter_lines():
-                    if not complete and _has_curve(line):
+                    if not complete and has_curve(line):
                         complete = True
                         told.send("complete")
                     messages += line.startswith("data:")
@@ -226,7 +226,7 @@ def _view(address: str, told: Connection) -> None:
     told.send({"messages": messages, "bytes": size, "open_s": round(opened, 1)})
 
 
-def _has_curve(line: str) -> bool:
+def has_curve(line: str) -> bool:
     """Whether an event of the stream holds the chart of ε, and not what is said in its place."""
     panels = json.loads(line.removeprefix("data:")).get("panels", {}) if line.startswith("data:") else {}
     return "option" in panels.get("epsilon", {})

@@ -8,8 +8,6 @@ import os
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from server.events import Events
 from server.run_folder import RunFolder
 from server.run_lock import is_running
 from server.store import DATABASE, open_store, open_store_read_only
+from simulations.bench.dashboard import has_curve, serving
 from simulations.bench.recorded_run import write_run
 
 TOKEN = "a token of some length"
@@ -76,7 +75,12 @@ class Client:
 
 
 def client_of(root: Path, token: str = TOKEN, host: str = "127.0.0.1", preview: Any = None) -> Client:
-    return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview))
+    return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview, nowhere))
+
+
+def nowhere(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """Where ε is not computed: it takes a second, and few tests need it."""
+    raise RunError("No test waits for it.")
 
 
 def parts_of(folder: Path) -> dict[str, Any]:
@@ -195,9 +199,31 @@ def test_a_long_run_is_sent_in_little(tmp_path: Path) -> None:
             assert len(series["data"]) <= (COLUMNS if series["type"] == "heatmap" else POINTS)
 
 
-def test_no_torch_for_looking() -> None:
-    words = "import server.dashboard.app, server.dashboard.serve, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
+def test_no_torch_for_looking(recorded: Path) -> None:
+    """Not in the dashboard's process, also of a private run: a child of it computes ε."""
+
+    def has_torch(pid: int) -> bool:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+    with (
+        serving(recorded) as (pid, address),
+        httpx.stream("GET", f"{address}/stream/run/simulation", timeout=120) as response,
+    ):
+        assert any(has_curve(line) for line in response.iter_lines())
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+        assert not has_torch(pid) and any(has_torch(int(child)) for child in children)
+
+
+def test_followers_are_told_of_the_curve(recorded: Path) -> None:
+    """Of a long run they would wait a minute for the page to be drawn again."""
+    told: list[str] = []
+    runs = Runs(recorded, told=told.append)
+    runs.index()
+    runs.show("simulation", lambda course, spending: spending.finish(course))
+    assert told == ["simulation"]
+    runs = Runs(recorded, nowhere, told.append)
+    runs.show("deployment", lambda course, spending: spending.finish(course))
+    assert told == ["simulation", "deployment"]
 
 
 # Folders that are no runs, or not any more
@@ -380,6 +406,26 @@ def test_a_feed_draws_once_for_all() -> None:
         feed.hurry()
         state["a"] = 3
         assert content(await anext(first)) == {"html": {"a": 3}}
+
+    asyncio.run(follow())
+
+
+def test_a_feed_that_is_hurried_while_it_draws_draws_again() -> None:
+    async def follow() -> None:
+        drawn = [0]
+
+        def draw() -> Parts:
+            drawn[0] += 1
+            if drawn[0] == 1:
+                feed.hurry()  # what it tells of is not in this drawing
+            return {"html": {"a": drawn[0]}}
+
+        feed = Feed(draw, lambda: 0.0)
+        following = feed.follow(asyncio.Event())
+        await anext(following)
+        assert '"a":2' in await anext(following)
+        await anext(following)
+        assert drawn == [2]
 
     asyncio.run(follow())
 
