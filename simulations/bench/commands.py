@@ -131,7 +131,7 @@ def dashboard(
     blocks: Annotated[
         int, typer.Option("--blocks", min=6, help="Of six stretches: open, closed, null, null, closed, open.")
     ] = 12,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of a stretch.")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of a stretch.")] = 6,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = CORES,
     format: FormatOption = "text",
 ) -> None:
