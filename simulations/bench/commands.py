@@ -135,7 +135,7 @@ def dashboard(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = CORES,
     format: FormatOption = "text",
 ) -> None:
-    """Measure what an open dashboard costs the run that it shows (five minutes, on an idle machine)."""
+    """Measure what an open dashboard costs the run that it shows (four minutes, on an idle machine)."""
     from simulations.bench.dashboard import BLOCK, bench_dashboard, results_table, settings_of
     from simulations.progress import RoundsBar
 
