@@ -145,15 +145,9 @@ def dashboard(
     ] = None,
 ) -> None:
     """Show runs on a web page, live while they train, and let an operator pause, resume, stop and abort them."""
-    from server.dashboard.aside import Aside
     from server.dashboard.serve import serve_dashboard
 
-    apart = Aside()
-
-    def shown(run: Path, user: str) -> Mapping[str, Any]:
-        return apart(_preview, run, user)[0]
-
-    serve_dashboard(runs, host, port, token, shown, lambda line: stderr.print(line, highlight=False, soft_wrap=True))
+    serve_dashboard(runs, host, port, token, _preview, lambda line: stderr.print(line, highlight=False, soft_wrap=True))
 
 
 def _preview(run: Path, user: str) -> Mapping[str, Any]:

@@ -39,7 +39,10 @@ from server.run_folder import RunFolder
 from server.run_lock import is_running
 
 Preview = Callable[[Path, str], Mapping[str, Any]]
-"""``preview(run, user)``: what a simulated user has seen and would be shown, for "" the first; raises FedtopkError."""
+"""``preview(run, user)``: what a simulated user has seen and would be shown, for "" the first; raises FedtopkError.
+
+To be pickled, it is a module's.
+"""
 
 _FOUND = 200
 """Lines of a log that a search shows."""
@@ -60,7 +63,7 @@ class Dashboard:
     Args:
         echarts: folder of the chart library's modules.
         host: that it is served on. On loopback it answers under no foreign name, lest one be pointed at this machine.
-        apart: where ε is computed.
+        apart: where ε and previews are computed.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Dashboard:
         self._runs = Runs(root, apart, self._hurry)
         self._access = access
         self._preview = preview
+        self._apart = apart
         self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
         self.closing = asyncio.Event()
         # The middleware cuts at the first colon: "[" is what it sees of an IPv6 address, which is never a foreign name.
@@ -126,7 +130,7 @@ class Dashboard:
         def shown() -> Mapping[str, Any]:
             if not self._runs.show(name, lambda course, spending: course.simulated):
                 raise RunError(f"Expected {name} to be a simulation: devices of other runs keep their histories.")
-            return preview(folder, user)
+            return self._apart(preview, folder, user)[0]  # type: ignore[no-any-return]
 
         return self._page(request, "preview.html", name=name, **await anyio.to_thread.run_sync(shown))
 

@@ -25,7 +25,7 @@ class Runs:
 
     Args:
         apart: where ε is computed.
-        told: called with the name of a run once its curve of ε is there; from any thread.
+        told: called with the name of a run of which ε is there that was not; from any thread.
     """
 
     def __init__(self, root: Path, apart: Apart = here, told: Callable[[str], None] = lambda name: None) -> None:

@@ -35,7 +35,7 @@ class Spending:
 
     Args:
         apart: where they are computed.
-        told: called once the curve is there, or will never be; from another thread.
+        told: called when the first figures are there or will never be, and when the curve is; from another thread.
 
     Attributes:
         spent: ``{"releases", "epsilon_model", "epsilon_server"}`` of a past moment; None until the first one is there.
@@ -72,7 +72,10 @@ class Spending:
         busy = self._due is not None and not self._due.done()
         due = time.monotonic() >= self._next or (wanted and not self.curve)
         if not busy and due and (points or behind):
+            first = self.spent is None
             self._due = _worker.submit(self._compute, account, course.releases, course.attempts, points, last)
+            if first or points:
+                self._due.add_done_callback(lambda done: self._told())
 
     @property
     def version(self) -> tuple[object, ...]:
@@ -81,6 +84,8 @@ class Spending:
 
     def finish(self, course: Course) -> None:
         """The same, and wait until all figures are there."""
+        if self._due is not None:
+            self._due.result()
         self._next = 0.0
         self.update(course)
         if self._due is not None:
@@ -101,14 +106,12 @@ class Spending:
             (spent, *curve), seconds = self._apart(figures, fields, counts, at_most)
         except (FedtopkError, MemoryError, *FOREIGN) as error:
             self.problem = f"ε cannot be computed from what the run recorded: {type(error).__name__} {error}."
-            self._told()
             return
         if self.spent is None or self.spent["releases"] < releases:
             self._spent(releases, *spent)
         self._next = time.monotonic() + max(_PAUSE_SECONDS, seconds / _SHARE if self.curve else 0.0)
         if points:
             self.curve = dict(zip(points, curve, strict=True))
-            self._told()
 
 
 def figures(

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from server.dashboard.panels import Missing, panels
 from server.dashboard.report import write_report
 from server.dashboard.runs import Runs
 from server.dashboard.serve import echarts_folder, serve_dashboard
-from server.dashboard.spending import Spending
+from server.dashboard.spending import Spending, here
 from server.dashboard.view import run_parts
 from server.events import Events
 from server.run_folder import RunFolder
@@ -75,7 +76,8 @@ class Client:
 
 
 def client_of(root: Path, token: str = TOKEN, host: str = "127.0.0.1", preview: Any = None) -> Client:
-    return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview, nowhere))
+    apart = here if preview else nowhere
+    return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview, apart))
 
 
 def nowhere(function: Any, *arguments: Any) -> tuple[Any, float]:
@@ -155,6 +157,15 @@ def test_both_figures_of_privacy_with_all_that_they_mean(recorded: Path) -> None
         assert words in html
 
 
+def test_sentences_about_the_budget_of_a_live_run_stand_apart(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded / "simulation", tmp_path / "run")
+    course, spending = read_course(RunFolder(tmp_path / "run")), Spending()
+    course.end, course.running = None, True
+    assert "Being computed… The budget lasts" in run_parts("run", course, spending, True)["html"]["privacy"]
+    spending.spent = {"releases": 8, "epsilon_model": 1.0, "epsilon_server": 2.0}
+    assert "After 8 releases. The budget lasts" in run_parts("run", course, spending, True)["html"]["privacy"]
+
+
 def test_epsilon_never_falls(recorded: Path, tmp_path: Path) -> None:
     shutil.copytree(recorded / "simulation", tmp_path / "run")
     course, spending = read_course(RunFolder(tmp_path / "run")), Spending()
@@ -214,16 +225,25 @@ def test_no_torch_for_looking(recorded: Path) -> None:
         assert not has_torch(pid) and any(has_torch(int(child)) for child in children)
 
 
-def test_followers_are_told_of_the_curve(recorded: Path) -> None:
-    """Of a long run they would wait a minute for the page to be drawn again."""
+def test_followers_are_told_of_new_figures(recorded: Path) -> None:
+    """Of a long run they would wait a minute for the page to be drawn again; also where the list of runs, which needs
+    no curve, was first to ask."""
+
+    def becomes(count: int) -> bool:
+        end = time.monotonic() + 60
+        while told.count("simulation") < count and time.monotonic() < end:
+            time.sleep(0.01)
+        return told.count("simulation") == count
+
     told: list[str] = []
     runs = Runs(recorded, told=told.append)
     runs.index()
-    runs.show("simulation", lambda course, spending: spending.finish(course))
-    assert told == ["simulation"]
-    runs = Runs(recorded, nowhere, told.append)
-    runs.show("deployment", lambda course, spending: spending.finish(course))
-    assert told == ["simulation", "deployment"]
+    assert becomes(1)
+    runs.show("simulation", lambda course, spending: None)
+    assert becomes(2) and runs.show("simulation", lambda course, spending: spending.curve)
+    told.clear()
+    Runs(recorded, nowhere, told.append).show("simulation", lambda course, spending: None)
+    assert becomes(1)
 
 
 # Folders that are no runs, or not any more
