@@ -147,12 +147,13 @@ def dashboard(
     """Show runs on a web page, live while they train, and let an operator pause, resume, stop and abort them."""
     from server.dashboard.serve import serve_dashboard
 
-    def shown(run: Path, user: str) -> Mapping[str, Any]:
-        from simulations.preview import preview  # brings torch, which few pages need
+    serve_dashboard(runs, host, port, token, _preview, lambda line: stderr.print(line, highlight=False, soft_wrap=True))
 
-        return preview(run, user)
 
-    serve_dashboard(runs, host, port, token, shown, lambda line: stderr.print(line, highlight=False, soft_wrap=True))
+def _preview(run: Path, user: str) -> Mapping[str, Any]:
+    from simulations.preview import preview  # brings torch
+
+    return preview(run, user)
 
 
 @app.command()

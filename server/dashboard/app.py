@@ -33,13 +33,16 @@ from server.dashboard.feed import Feed, Parts
 from server.dashboard.log import search
 from server.dashboard.openmetrics import CONTENT_TYPE, exposition
 from server.dashboard.runs import Runs
-from server.dashboard.spending import Spending
+from server.dashboard.spending import Apart, Spending
 from server.dashboard.view import SECTIONS, log_lines, run_parts, static_file, templates
 from server.run_folder import RunFolder
 from server.run_lock import is_running
 
 Preview = Callable[[Path, str], Mapping[str, Any]]
-"""``preview(run, user)``: what a simulated user has seen and would be shown, for "" the first; raises FedtopkError."""
+"""``preview(run, user)``: what a simulated user has seen and would be shown, for "" the first; raises FedtopkError.
+
+To be pickled, it is a module's.
+"""
 
 _FOUND = 200
 """Lines of a log that a search shows."""
@@ -60,12 +63,16 @@ class Dashboard:
     Args:
         echarts: folder of the chart library's modules.
         host: that it is served on. On loopback it answers under no foreign name, lest one be pointed at this machine.
+        apart: where ε and previews are computed.
     """
 
-    def __init__(self, root: Path, access: Access, echarts: Path, host: str, preview: Preview | None) -> None:
-        self._runs = Runs(root)
+    def __init__(
+        self, root: Path, access: Access, echarts: Path, host: str, preview: Preview | None, apart: Apart
+    ) -> None:
+        self._runs = Runs(root, apart, self._hurry)
         self._access = access
         self._preview = preview
+        self._apart = apart
         self._feeds: WeakValueDictionary[str, Feed] = WeakValueDictionary()
         self.closing = asyncio.Event()
         # The middleware cuts at the first colon: "[" is what it sees of an IPv6 address, which is never a foreign name.
@@ -123,7 +130,7 @@ class Dashboard:
         def shown() -> Mapping[str, Any]:
             if not self._runs.show(name, lambda course, spending: course.simulated):
                 raise RunError(f"Expected {name} to be a simulation: devices of other runs keep their histories.")
-            return preview(folder, user)
+            return self._apart(preview, folder, user)[0]  # type: ignore[no-any-return]
 
         return self._page(request, "preview.html", name=name, **await anyio.to_thread.run_sync(shown))
 
@@ -188,6 +195,11 @@ class Dashboard:
         no_store = {"cache-control": "no-store"}
         return StreamingResponse(feed.follow(self.closing), media_type="text/event-stream", headers=no_store)
 
+    def _hurry(self, name: str) -> None:
+        """Something is there that those who look at a run wait to see."""
+        if feed := self._feeds.get(f"status {name}"):
+            feed.hurry()
+
     async def _metrics(self, request: Request) -> Response:
         text = await anyio.to_thread.run_sync(lambda: self._runs.show_all(self._runs.names(), exposition))
         return Response(text, media_type=CONTENT_TYPE)
@@ -226,8 +238,7 @@ class Dashboard:
             return JSONResponse({"error": str(error)}, 409)
         except FedtopkError as error:
             return JSONResponse({"error": str(error)}, 422)
-        if feed := self._feeds.get(f"status {name}"):
-            feed.hurry()
+        self._hurry(name)
         return JSONResponse({"command": given}, 202)
 
     def _ask(self, name: str, folder: Path, action: Any, expected: int, origin: str) -> int:

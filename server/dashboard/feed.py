@@ -32,19 +32,20 @@ class Feed:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._due = 0.0
+        self._hurried = False
         self._revision = 0
         self._parts: dict[tuple[str, str], tuple[int, str]] = {}
 
     def hurry(self) -> None:
-        """Draw as soon as anybody asks: something has been done that viewers wait to see."""
-        self._due = 0.0
+        """Draw as soon as anybody asks, or anew if it is being drawn: something is there that viewers wait to see."""
+        self._hurried = True
 
     async def follow(self, closing: asyncio.Event) -> AsyncIterator[str]:
         """Server-sent events, of which the first one holds it all, until `closing` is set."""
         seen = 0
         while not closing.is_set():
             async with self._lock:
-                if self._clock() >= self._due:
+                if self._hurried or self._clock() >= self._due:
                     await self._refresh()
             news = self._newer(seen)
             seen = self._revision
@@ -55,6 +56,7 @@ class Feed:
                 continue
 
     async def _refresh(self) -> None:
+        self._hurried = False
         found, seconds = await anyio.to_thread.run_sync(self._timed)
         self._due = self._clock() + max(_TICK_SECONDS, seconds / _SHARE)
         for kind, name, text in found:

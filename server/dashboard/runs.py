@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from common.errors import FedtopkError, RunError
 from server.dashboard.course import Course, explained, update
 from server.dashboard.folders import find_runs
-from server.dashboard.spending import Spending
+from server.dashboard.spending import Apart, Spending, here
 from server.dashboard.view import run_facts, templates
 from server.run_folder import RunFolder
 
@@ -21,10 +21,17 @@ Shown = TypeVar("Shown")
 
 
 class Runs:
-    """Names and courses. Safe to use from any thread: one reads and draws at a time."""
+    """Names and courses. Safe to use from any thread: one reads and draws at a time.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        apart: where ε is computed.
+        told: called with the name of a run of which ε is there that was not; from any thread.
+    """
+
+    def __init__(self, root: Path, apart: Apart = here, told: Callable[[str], None] = lambda name: None) -> None:
         self._root = root
+        self._apart = apart
+        self._told = told
         self._lock = threading.Lock()
         self._followed: dict[str, tuple[Course, Spending]] = {}
         self._rows: dict[str, tuple[object, str]] = {}
@@ -91,7 +98,10 @@ class Runs:
         folder = self.path(name)
         if folder is None:
             raise RunError(f"Expected {name} to be a run below {self._root}.")
-        course, spending = self._followed.setdefault(name, (Course(RunFolder(folder)), Spending()))
+        if name not in self._followed:
+            spending = Spending(self._apart, lambda: self._told(name))
+            self._followed[name] = Course(RunFolder(folder)), spending
+        course, spending = self._followed[name]
         try:
             update(course)
         except FedtopkError:

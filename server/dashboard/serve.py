@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +17,7 @@ from common.errors import MissingDependency, RunError, SettingsError
 from common.processes import program, running
 from server.dashboard.access import Access
 from server.dashboard.app import Dashboard, Preview
+from server.dashboard.aside import Aside
 from server.durable import make_folder
 
 PORT = 8420
@@ -58,7 +59,8 @@ def serve_dashboard(
         say(f"Token for its controls: {access.token}")
     if not access.open:
         say("Other machines can reach it, and it speaks no TLS: put a proxy with TLS before it.")
-    asyncio.run(_serve(Dashboard(root, access, echarts_folder(), host, preview), listening))
+    with closing(Aside()) as apart:
+        asyncio.run(_serve(Dashboard(root, access, echarts_folder(), host, preview, apart), listening))
 
 
 def _give_way() -> None:

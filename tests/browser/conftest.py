@@ -70,16 +70,21 @@ def wait_until(what: Callable[[], bool], seconds: float = 150) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    """Debian's chromium, which speaks to nobody but our pages. It ends with them: its event loop would be in the way of
-    others'."""
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Debian's browser."""
     executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if executable is None:
         pytest.skip("chromium is not installed")
+    return executable
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator["sync_api.Browser"]:
+    """It speaks to nobody but our pages, and ends with them: its event loop would be in the way of others'."""
     quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-gpu")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", *quiet])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *quiet])
         try:
             yield browser
         finally:

@@ -234,7 +234,7 @@ def test_compare_preview_and_narrow(page: Any, address: str, root: Path) -> None
     drawn(page, "policy_loss")
     expect(page.locator('[data-part="compared"]')).to_contain_text("objective.estimator")
     expect(page.locator('[data-part="compared"]')).to_contain_text("ε_server")
-    page.goto(f"{address}/preview/top-k?user=3")
+    page.goto(f"{address}/preview/top-k?user=3", timeout=PATIENCE)  # the first one imports torch
     expect(page.locator("main")).to_contain_text("simulation")
     assert page.locator(".lists section").count() == 5  # history, π, β, critic, popularity
     page.set_viewport_size({"width": 360, "height": 740})

@@ -8,8 +8,7 @@ import os
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,13 @@ from server.dashboard.panels import Missing, panels
 from server.dashboard.report import write_report
 from server.dashboard.runs import Runs
 from server.dashboard.serve import echarts_folder, serve_dashboard
-from server.dashboard.spending import Spending
+from server.dashboard.spending import Spending, figures, here
 from server.dashboard.view import run_parts
 from server.events import Events
 from server.run_folder import RunFolder
 from server.run_lock import is_running
 from server.store import DATABASE, open_store, open_store_read_only
+from simulations.bench.dashboard import has_curve, serving
 from simulations.bench.recorded_run import write_run
 
 TOKEN = "a token of some length"
@@ -76,7 +76,14 @@ class Client:
 
 
 def client_of(root: Path, token: str = TOKEN, host: str = "127.0.0.1", preview: Any = None) -> Client:
-    return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview))
+    return Client(Dashboard(root, Access.of(host, token), echarts_folder(), host, preview, nowhere))
+
+
+def nowhere(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """Where no ε is computed: it takes a second, and few tests need it."""
+    if function is figures:
+        raise RunError("No test waits for it.")
+    return here(function, *arguments)
 
 
 def parts_of(folder: Path) -> dict[str, Any]:
@@ -151,6 +158,15 @@ def test_both_figures_of_privacy_with_all_that_they_mean(recorded: Path) -> None
         assert words in html
 
 
+def test_sentences_about_the_budget_of_a_live_run_stand_apart(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded / "simulation", tmp_path / "run")
+    course, spending = read_course(RunFolder(tmp_path / "run")), Spending()
+    course.end, course.running = None, True
+    assert "Being computed… The budget lasts" in run_parts("run", course, spending, True)["html"]["privacy"]
+    spending.spent = {"releases": 8, "epsilon_model": 1.0, "epsilon_server": 2.0}
+    assert "After 8 releases. The budget lasts" in run_parts("run", course, spending, True)["html"]["privacy"]
+
+
 def test_epsilon_never_falls(recorded: Path, tmp_path: Path) -> None:
     shutil.copytree(recorded / "simulation", tmp_path / "run")
     course, spending = read_course(RunFolder(tmp_path / "run")), Spending()
@@ -195,9 +211,40 @@ def test_a_long_run_is_sent_in_little(tmp_path: Path) -> None:
             assert len(series["data"]) <= (COLUMNS if series["type"] == "heatmap" else POINTS)
 
 
-def test_no_torch_for_looking() -> None:
-    words = "import server.dashboard.app, server.dashboard.serve, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
+def test_no_torch_for_looking(recorded: Path) -> None:
+    """Not in the dashboard's process, also of a private run: a child of it computes ε."""
+
+    def has_torch(pid: int) -> bool:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+    with (
+        serving(recorded) as (pid, address),
+        httpx.stream("GET", f"{address}/stream/run/simulation", timeout=120) as response,
+    ):
+        assert any(has_curve(line) for line in response.iter_lines())
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+        assert not has_torch(pid) and any(has_torch(int(child)) for child in children)
+
+
+def test_followers_are_told_of_new_figures(recorded: Path) -> None:
+    """Of a long run they would wait a minute for the page to be drawn again; also where the list of runs, which needs
+    no curve, was first to ask."""
+
+    def becomes(count: int) -> bool:
+        end = time.monotonic() + 60
+        while told.count("simulation") < count and time.monotonic() < end:
+            time.sleep(0.01)
+        return told.count("simulation") == count
+
+    told: list[str] = []
+    runs = Runs(recorded, told=told.append)
+    runs.index()
+    assert becomes(1)
+    runs.show("simulation", lambda course, spending: None)
+    assert becomes(2) and runs.show("simulation", lambda course, spending: spending.curve)
+    told.clear()
+    Runs(recorded, nowhere, told.append).show("simulation", lambda course, spending: None)
+    assert becomes(1)
 
 
 # Folders that are no runs, or not any more
@@ -270,7 +317,7 @@ def test_damaged_folders_are_explained(recorded: Path, tmp_path: Path) -> None:
 
 def client_page(client: Client, root: Path) -> str:
     assert client.get("/").status_code == 200
-    html: str = Runs(root).index()["html"]["runs"]
+    html: str = Runs(root, nowhere).index()["html"]["runs"]
     return html
 
 
@@ -305,7 +352,7 @@ def test_hostile_records_are_explained_or_shown(recorded: Path, tmp_path: Path) 
         connection.commit()
         connection.close()
     client = client_of(tmp_path)
-    runs = Runs(tmp_path)
+    runs = Runs(tmp_path, nowhere)
     index = client_page(client, tmp_path)
     for name in HOSTILE:
         assert name in index
@@ -333,7 +380,7 @@ def test_text_that_is_not_unicode_is_explained(recorded: Path, tmp_path: Path) -
 
 def test_a_run_in_the_place_of_another_is_read_anew(recorded: Path, tmp_path: Path) -> None:
     shutil.copytree(recorded / "simulation", tmp_path / "run")
-    runs = Runs(tmp_path)
+    runs = Runs(tmp_path, nowhere)
     assert runs.show("run", lambda course, spending: course.round) == 8
     shutil.rmtree(tmp_path / "run")
     write_run(tmp_path / "run", 3, devices=500)
@@ -380,6 +427,26 @@ def test_a_feed_draws_once_for_all() -> None:
         feed.hurry()
         state["a"] = 3
         assert content(await anext(first)) == {"html": {"a": 3}}
+
+    asyncio.run(follow())
+
+
+def test_a_feed_that_is_hurried_while_it_draws_draws_again() -> None:
+    async def follow() -> None:
+        drawn = [0]
+
+        def draw() -> Parts:
+            drawn[0] += 1
+            if drawn[0] == 1:
+                feed.hurry()  # what it tells of is not in this drawing
+            return {"html": {"a": drawn[0]}}
+
+        feed = Feed(draw, lambda: 0.0)
+        following = feed.follow(asyncio.Event())
+        await anext(following)
+        assert '"a":2' in await anext(following)
+        await anext(following)
+        assert drawn == [2]
 
     asyncio.run(follow())
 
