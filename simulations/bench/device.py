@@ -68,7 +68,7 @@ from common.secagg.terms import Terms
 from common.settings import Settings
 from simulations.bench.device_rounds import RUN_ID, SEED, Rounds, Workload, invitation
 from simulations.bench.machine import machine
-from simulations.bench.meter import Meter, own_peak_mib, peak_mib
+from simulations.bench.meter import Meter, peak_mib, peak_rss_mib
 from simulations.bench.secagg import Case, measure
 from simulations.identities import simulated_identity
 from simulations.processes import start_worker
@@ -109,7 +109,7 @@ def bench_device(workload: Workload, on_step: Callable[[], None]) -> dict[str, A
             for number in range(1 + workload.repeats):
                 played.append(rounds.play(number))
                 on_step()
-            peak = run(own_peak_mib)
+            peak = round(run(peak_rss_mib), 1)
             parts = run(device.parts, rounds.terms(0).to_bytes(), workload.repeats)
             recommend_ms = run(device.recommend_ms, workload.repeats)
             recommender = _recommender_mib(device)
@@ -292,4 +292,4 @@ def _recommender_mib(device: _Device) -> float:
     """Of a process that recommends once."""
     words = [sys.executable, "-c", _RECOMMEND, str(device.folder), str(device.key)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return peak_mib(done.stdout)
+    return round(peak_mib(done.stdout), 1)

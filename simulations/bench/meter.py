@@ -34,15 +34,9 @@ class Meter:
         return round(1e3 * median(self.seconds[name][skip:]), 3)
 
 
-def own_peak_mib() -> float:
-    """Of this process, as :func:`peak_mib`."""
-    return peak_mib(Path("/proc/self/status").read_text(encoding="utf-8"))
-
-
 def peak_mib(status: str) -> float:
-    """The peak of resident memory in what Linux says of a process."""
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return round(int(line.split()[1]) / 1024, 1)
+    """The peak of resident memory in what Linux says of a process; 0 of one that has ended."""
+    return sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,7 @@ def peak_rss_mib(pids: Iterable[int | str] = ("self",)) -> float:
     total = 0.0
     for pid in pids:
         try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+            total += peak_mib(Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
         except OSError:
             continue
-        total += sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     return total
